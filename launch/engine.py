@@ -1,0 +1,175 @@
+"""The loop that the recipes share: steps, evaluation, checkpoints, and a clean end.
+
+Sizes: B samples of a rank's batch, S splits, W ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sync_splitbn import split_divergence
+from sync_splitbn.data import SplitViews, merge_views
+
+from .checkpoints import Checkpoints, Progress
+from .interrupt import Interruption
+from .report import Report
+
+
+@dataclass
+class Task:
+    """What is trained on what; model, optimizer, scheduler and loaders are prepared.
+
+    Args:
+        model: gives logits.
+        loss: of (model, input laid out split by split, labels likewise), a mean over this rank.
+        train_views: what `train_loader` loads.
+        train_loader: yields `[B, S, ...]` and labels, equal batches on all ranks.
+        test_loader: yields `[B, 1, ...]` and labels.
+        split: whether the model has split layers.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    train_views: SplitViews
+    train_loader: DataLoader[Any]
+    test_loader: DataLoader[Any]
+    split: bool
+
+
+class Trainer:
+    """Trains a task from wherever `progress` stands.
+
+    Args:
+        accelerator: which prepared the task.
+        task: what to train.
+        checkpoints: where the run is saved at the end of each epoch and when interrupted.
+        report: what the run tells about itself.
+        epochs: number of passes over the training images.
+        max_steps: optimizer steps after which the run ends early; None for no such bound.
+        log_interval: optimizer steps between two looks at the losses and at the signals.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        task: Task,
+        checkpoints: Checkpoints,
+        report: Report,
+        *,
+        epochs: int,
+        max_steps: int | None,
+        log_interval: int,
+    ) -> None:
+        self.accelerator, self.task = accelerator, task
+        self.checkpoints, self.report = checkpoints, report
+        self.epochs, self.max_steps, self.log_interval = epochs, max_steps, log_interval
+        self.progress = Progress()
+        self._pending: list[Tensor] = []
+        self._started = 0.0
+
+    def resume(self, checkpoint: Any) -> None:
+        """Go on from a checkpoint that `Checkpoints.find` returned."""
+        self.progress = self.checkpoints.load(checkpoint)
+
+    def run(self, interruption: Interruption) -> bool:
+        """Train to the end, and return True, or to an interruption, and return False."""
+        self._started = time.monotonic() - self.progress.seconds
+        rows = list(self.progress.rows)
+        self.report.start(rows)
+        while self.progress.epoch < self.epochs and not self._enough():
+            stopped = self._train_epoch(interruption)
+            whole = self.progress.step == len(self.task.train_loader)
+            if stopped and not whole:
+                self._save()
+                return False
+            row = self._row()
+            rows.append(row)
+            if whole:
+                self.progress.rows.append(row)
+                self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
+            self._save()
+            self.report.epoch(rows, self.progress.losses, self._divergence())
+            if self._agree(stopped or interruption.requested):
+                return False
+        return True
+
+    def _enough(self) -> bool:
+        return self.max_steps is not None and self._steps() >= self.max_steps
+
+    def _steps(self) -> int:
+        """Optimizer steps done since the very start."""
+        return len(self.progress.losses) + len(self._pending)
+
+    def _agree(self, requested: bool) -> bool:
+        """Whether any rank asks to stop: they must do so together."""
+        if requested:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    def _save(self) -> None:
+        self.progress.seconds = time.monotonic() - self._started
+        self.checkpoints.save(self.progress)
+
+    def _train_epoch(self, interruption: Interruption) -> bool:
+        """Train to the end of the epoch or of the run; return whether to stop before that."""
+        task, progress = self.task, self.progress
+        # accelerate sets the sampler's epoch but not the dataset's when there are several ranks.
+        task.train_loader.set_epoch(progress.epoch)
+        task.train_views.set_epoch(progress.epoch)
+        batches = skip_first_batches(task.train_loader, progress.step)
+        task.model.train()
+        total = len(task.train_loader)
+        bar = self.report.bar(progress.epoch, progress.step, total)
+        stopped = False
+        for views, labels in batches:
+            self._pending.append(self._step(*merge_views(views, labels)))
+            progress.step += 1
+            bar.update()
+            enough = self._enough()
+            if enough or progress.step == total or progress.step % self.log_interval == 0:
+                self._log(bar)
+                stopped = self._agree(interruption.requested)
+            if enough or stopped:
+                break
+        bar.close()
+        return stopped
+
+    def _step(self, input: Tensor, labels: Tensor) -> Tensor:
+        """One optimizer step; returns this rank's loss."""
+        task = self.task
+        loss = task.loss(task.model, input, labels)
+        self.accelerator.backward(loss)
+        task.optimizer.step()
+        task.scheduler.step()
+        task.optimizer.zero_grad()
+        return loss.detach()
+
+    def _log(self, bar: tqdm[Any]) -> None:
+        """Average the pending losses over the ranks, and refuse to go on from a broken one."""
+        losses = self.accelerator.reduce(torch.stack(self._pending).double(), "mean").tolist()
+        for loss in losses:
+            self.progress.losses.append(loss)
+            step = len(self.progress.losses)
+            if not math.isfinite(loss):
+                raise RuntimeError(f"loss must stay finite, got {loss} at step {step}; lower --lr")
+            self.accelerator.log({"train/loss": loss}, step=step)
+        self._pending.clear()
+        rate = self.task.scheduler.get_last_lr()[0]
+        self.accelerator.log({"train/lr": rate}, step=len(self.progress.losses))
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", lr=f"{rate:.4f}")

@@ -1,0 +1,43 @@
+"""What a batch of splits is trained on: cross-entropy, and agreement between the splits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def split_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy over the views of all splits alike.
+
+    Args:
+        logits: ``[S * B, classes]``, split by split.
+        labels: ``[S * B]``, class numbers.
+        smoothing: Share of the target spread over all classes, 0 to 1.
+    """
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def jsd_cross_entropy(
+    logits: Tensor, labels: Tensor, *, num_splits: int, alpha: float = 12.0, smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of the clean split plus the Jensen-Shannon divergence between all splits.
+
+    Args:
+        logits: ``[S * B, classes]``, split by split, the clean one first.
+        labels: ``[S * B]``, class numbers.
+        num_splits: S, at least 2.
+        alpha: Weight of the divergence, which is in nats.
+        smoothing: Share of the target spread over all classes, 0 to 1.
+
+    Source:
+        Hendrycks et al. 2020, arXiv 1912.02781; the weight and the clean split are timm's.
+    """
+    log_probs = F.log_softmax(logits.float(), dim=1).unflatten(0, (num_splits, -1))  # [S, B, K]
+    log_mixture = torch.logsumexp(log_probs, dim=0) - math.log(num_splits)  # [B, K]
+    divergence = (log_probs.exp() * (log_probs - log_mixture)).sum(dim=-1).mean()
+    batch = log_mixture.shape[0]
+    clean = split_cross_entropy(logits[:batch], labels[:batch], smoothing=smoothing)
+    return clean + alpha * divergence

@@ -1,0 +1,104 @@
+"""From the launcher's environment to an `Accelerator` that means what the user asked for."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType
+
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+)
+
+
+def start(*, cpu: bool, seed: int, output: Path) -> Accelerator:
+    """An accelerator over all ranks the user asked for, or an error that names the right command.
+
+    Args:
+        cpu: Whether to leave an accelerator of the machine alone.
+        seed: Decides the order of the training images.
+        output: Folder that receives the TensorBoard events.
+
+    Raises:
+        RuntimeError: The launcher started fewer ranks than asked for, or accelerate sees fewer
+            than there are.
+        ValueError: The configuration asks for something the recipes do not do.
+    """
+    accelerator = Accelerator(
+        cpu=cpu or _accelerators() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        log_with="tensorboard",
+        project_dir=output,
+        # The scheduler counts optimizer steps: prepared otherwise, it counts one for each rank.
+        step_scheduler_with_optimizer=False,
+    )
+    check_world(accelerator)
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise ValueError(
+            "distributed_type must be NO or MULTI_GPU, "
+            f"got {accelerator.distributed_type.value}; use a file of launch/configs"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "gradient_accumulation_steps must be 1, because statistics cover one micro-batch, "
+            f"got {accelerator.gradient_accumulation_steps}; use a larger --batch-size"
+        )
+    if not cpu and accelerator.device.type == "cpu" and 0 < _accelerators():
+        accelerator.print(
+            f"{_accelerators()} accelerator(s) for {os.environ['LOCAL_WORLD_SIZE']} local ranks: "
+            f"training on the CPU; pass --num_processes {_accelerators()} to use them",
+            file=sys.stderr,
+        )
+    return accelerator
+
+
+def check_world(accelerator: Accelerator) -> None:
+    """Refuses the two ways in which CPU ranks are lost without a word.
+
+    Args:
+        accelerator: As constructed.
+
+    Raises:
+        RuntimeError: One process runs where several were asked for, or each rank of several
+            believes that it is alone.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    command = shlex.join(
+        ["accelerate", "launch", "--config_file", "launch/configs/two_processes.yaml"]
+        + ["-m", _module_name(), *sys.argv[1:]]
+    )
+    if world != accelerator.num_processes:
+        raise RuntimeError(
+            f"accelerate must see all {world} ranks, got {accelerator.num_processes}; "
+            f"without an accelerator run ACCELERATE_USE_CPU=true {command}"
+        )
+    # accelerate's launcher for one process sets these even when it was asked for several.
+    asked = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if asked and "WORLD_SIZE" not in os.environ and world == 1:
+        raise RuntimeError(
+            "the launcher must start num_processes ranks, got 1; "
+            f"run {command} (or unset MASTER_ADDR if one rank is what you want)"
+        )
+
+
+def _accelerators() -> int:
+    """Devices of this machine that the layer can use; Apple's has no float64 for the sums."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return 0 if device is None or device.type == "mps" else torch.accelerator.device_count()
+
+
+def _module_name() -> str:
+    """What follows `-m` in the command that started this process."""
+    main: Any = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return spec.name if spec is not None else "launch.train"

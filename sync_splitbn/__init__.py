@@ -1,0 +1,20 @@
+"""Split batch normalization, synchronized over all ranks with one all_reduce."""
+
+from ._collectives import sync_group
+from .assignment import assign_splits, frozen_stats
+from .convert import convert_sync_split_batchnorm, revert_sync_split_batchnorm
+from .diagnostics import split_divergence
+from .functional import sync_split_batch_norm
+from .layer import SyncSplitBatchNorm
+
+__all__ = [
+    "SyncSplitBatchNorm",
+    "assign_splits",
+    "convert_sync_split_batchnorm",
+    "frozen_stats",
+    "revert_sync_split_batchnorm",
+    "split_divergence",
+    "sync_group",
+    "sync_split_batch_norm",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,94 @@
+"""All communication: which ranks take part, and the sum over them.
+
+No other file of the package calls torch.distributed.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_group(process_group: Any) -> None:
+    """Raise unless `process_group` is None or a group that this rank belongs to."""
+    if process_group is None or not dist.is_available():
+        return
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "process_group must contain this rank, got GroupMember.NON_GROUP_MEMBER; "
+            "give each rank the group that it belongs to, as sync_group does"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup or None, "
+            f"got {type(process_group).__name__}; make one by sync_group"
+        )
+
+
+def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the group to sum over, the default one for None, or None where a rank is alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def all_reduce_(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum `packed` over the ranks of `group`, in place; without a group it is the sum already."""
+    if group is not None:
+        dist.all_reduce(packed, group=group)
+    return packed
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over ranks as a differentiable function; its gradient is the sum of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """Return the sum, leaving `packed` as it was."""
+        ctx.group = group
+        return all_reduce_(packed.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Every rank's loss depends on every rank's `packed`, so gradients sum over ranks too."""
+        return AllReduce.apply(grads[0].contiguous(), ctx.group), None  # type: ignore[no-untyped-call]
+
+
+def sync_group(size: int) -> dist.ProcessGroup:
+    """Return this rank's process group of `size` neighbouring ranks.
+
+    Statistics over some ranks cost less latency than over thousands, and hundreds of images per
+    split estimate them well. Ranks 0 to `size - 1` form the first group, the next `size` ranks
+    the second, and so on: with `size` ranks a node, no batch-norm message leaves its node.
+
+    Args:
+        size: ranks per group, a divisor of the world size.
+
+    Returns:
+        The group that holds this rank; the default group where `size` is the world size.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialized.
+        ValueError: `size` does not divide the world size.
+
+    Communication:
+        Makes all the groups on all ranks: call it once, on every rank, in the same order.
+
+    Example:
+        Of 1,024 ranks, sum over 8: ``convert_sync_split_batchnorm(model,
+        process_group=sync_group(8))``.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed must be initialized before sync_group, got no process group; "
+            "create accelerate's Accelerator or call init_process_group first"
+        )
+    world_size = dist.get_world_size()
+    if size < 1 or world_size % size:
+        raise ValueError(f"size must divide the world size {world_size}, got {size}")
+    if size == world_size:
+        return cast(dist.ProcessGroup, dist.group.WORLD)
+    own, _ = dist.new_subgroups(group_size=size)
+    return cast(dist.ProcessGroup, own)

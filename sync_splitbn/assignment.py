@@ -1,0 +1,155 @@
+"""What the caller says about the rows of a batch, and which layers hear it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One way to tell the splits of a batch apart; one of the three is set."""
+
+    sizes: tuple[int, ...] | None = None
+    only: int | None = None
+    index: Tensor | None = None
+
+    def rows(self, num_rows: int, num_splits: int) -> tuple[tuple[int, ...] | None, Tensor | None]:
+        """Return the `sizes` and `index` that describe a batch of `num_rows`."""
+        if self.only is not None:
+            return tuple(num_rows * (i == self.only) for i in range(num_splits)), None
+        return self.sizes, self.index
+
+
+class Assignable(nn.Module):
+    """A layer that `assign_splits` and `frozen_stats` speak to."""
+
+    num_splits: int
+    _assignment: Assignment | None = None
+    _stats_frozen: bool = False
+
+
+@contextmanager
+def assign_splits(
+    model: nn.Module,
+    *,
+    sizes: Sequence[int] | None = None,
+    only: int | None = None,
+    index: Tensor | None = None,
+) -> Iterator[None]:
+    """Say which rows belong to which split, for every `SyncSplitBatchNorm` in `model`.
+
+    Without it, training takes equal contiguous chunks and evaluation takes split 0. Contexts
+    nest, the innermost wins, and the outer one is back afterwards, also when the body raises.
+    Ranks need not agree: each tells of its own rows.
+
+    Args:
+        model: the model, also one wrapped by DDP, FSDP or `accelerator.prepare`.
+        sizes: rows of each contiguous sub-batch, one number a split, zeros allowed, with the
+            number of rows of the batch as their sum.
+        only: the split that the whole batch belongs to.
+        index: the split of each row, integers of shape [N], on the device of the batch.
+
+    Raises:
+        TypeError: `index` does not hold integers.
+        ValueError: not exactly one of the three is given, it does not fit the layers' number of
+            splits, or there is no such layer. What depends on the batch is checked in `forward`.
+
+    Note:
+        Activation checkpointing runs `forward` once more during backward: call `backward()`
+        inside the context then.
+
+    Example:
+        >>> import sync_splitbn, torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), sync_splitbn.SyncSplitBatchNorm(8))
+        >>> with assign_splits(model, sizes=(2, 6)):
+        ...     output = model(torch.randn(8, 3, 16, 16))
+        >>> with assign_splits(model.eval(), only=1):
+        ...     output = model(torch.randn(1, 3, 16, 16))
+    """
+    layers = _layers(model, "assign_splits")
+    assignment = _assignment(sizes, only, index)
+    for layer in layers:
+        _check_fit(assignment, layer.num_splits)
+    with _set_on(layers, "_assignment", assignment):
+        yield
+
+
+@contextmanager
+def frozen_stats(model: nn.Module) -> Iterator[None]:
+    """Normalize by batch statistics without updating the running ones.
+
+    For the extra forward passes of semi-supervised and adversarial training, whose batches are
+    not to be remembered. It changes training alone; the batch statistics still cover all ranks.
+
+    Args:
+        model: the model, also a wrapped one; every `SyncSplitBatchNorm` in it is meant.
+
+    Raises:
+        ValueError: `model` has no such layer.
+
+    Example:
+        >>> import sync_splitbn, torch
+        >>> layer = sync_splitbn.SyncSplitBatchNorm(4)
+        >>> with frozen_stats(layer):
+        ...     output = layer(torch.randn(6, 4))
+        >>> layer.num_batches_tracked.item()
+        0
+    """
+    with _set_on(_layers(model, "frozen_stats"), "_stats_frozen", True):
+        yield
+
+
+def _assignment(sizes: Sequence[int] | None, only: int | None, index: Tensor | None) -> Assignment:
+    """Return the one that is given, or raise."""
+    choices = {"sizes": sizes, "only": only, "index": index}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"exactly one of sizes, only and index must be given, got {', '.join(given) or 'none'}"
+        )
+    if index is not None and not isinstance(index, Tensor):
+        raise TypeError(
+            f"index must be an integer tensor of shape [N], got {type(index).__name__}; "
+            "wrap it in torch.tensor"
+        )
+    return Assignment(None if sizes is None else tuple(int(size) for size in sizes), only, index)
+
+
+def _check_fit(assignment: Assignment, num_splits: int) -> None:
+    """Raise if `assignment` cannot suit a layer with `num_splits`, whatever the batch."""
+    sizes, only = assignment.sizes, assignment.only
+    if only is not None and not 0 <= only < num_splits:
+        raise ValueError(
+            f"only must be a split from 0 to num_splits - 1 = {num_splits - 1}, got {only}"
+        )
+    if sizes is not None and (len(sizes) != num_splits or min(sizes) < 0):
+        raise ValueError(
+            f"sizes must hold num_splits={num_splits} numbers of rows, each 0 or more, got {sizes}"
+        )
+
+
+def _layers(model: nn.Module, caller: str) -> list[Assignable]:
+    """Return the layers of `model` that listen, or raise."""
+    layers = [module for module in model.modules() if isinstance(module, Assignable)]
+    if not layers:
+        raise ValueError(
+            f"model must contain a SyncSplitBatchNorm for {caller}, got {type(model).__name__} "
+            "without one; convert it by convert_sync_split_batchnorm first"
+        )
+    return layers
+
+
+@contextmanager
+def _set_on(layers: list[Assignable], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute on all `layers`, and put each one's own value back."""
+    before = [getattr(layer, name) for layer in layers]
+    try:
+        for layer in layers:
+            setattr(layer, name, value)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            setattr(layer, name, own)

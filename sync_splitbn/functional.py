@@ -1,0 +1,199 @@
+"""The operation as a function: checks what it is given, finds the group, computes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _kernels
+from ._autograd import SyncSplitBatchNormFunction
+from ._collectives import check_group, resolve_group
+from ._moments import Moments, Splits, accumulation_dtype
+
+
+def sync_split_batch_norm(
+    input: Tensor,
+    num_splits: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-5,
+    sync: bool = True,
+    process_group: Any = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Moments]:
+    """Normalize each split of a batch by its own statistics over all ranks.
+
+    Rows belong to `num_splits` equal contiguous chunks, unless `sizes` or `index` says otherwise.
+    Ranks may hold different numbers of rows of each split, or none.
+
+    Args:
+        input: local batch, shape [N, C, ...], floating type, any memory format.
+        num_splits: number of splits S, at least 1.
+        weight: scale, shape [S, C], or [C] for all splits; None scales by 1.
+        bias: offset, shaped like `weight`; None adds 0.
+        sizes: rows of each of S contiguous sub-batches, zeros allowed, summing to N.
+        index: split of each row, integers in [0, S), shape [N], on the device of `input`.
+        eps: added to the variance, input units squared, positive.
+        sync: False takes the statistics of this rank alone.
+        process_group: the ranks to sum over; None is the default group.
+        impl: who computes: `"aten"`, or None to choose.
+
+    Returns:
+        The output, with the shape, type and memory format of `input`, and the moments over all
+        ranks, float64, not differentiable: `mean`, `var` and `unbiased_var` are [S, C], `count`
+        is [S].
+
+    Raises:
+        TypeError: `input` is not floating, or `index` not integer.
+        ValueError: a shape, a size, an index, `eps` or `impl` does not fit. It is raised on the
+            rank whose data are wrong, before the collective, so the others wait for their
+            time-out: let the same call be right on every rank.
+
+    Numerics:
+        Local sums shifted by each row's mean, in float32 or wider, totals in float64. A split
+        with one element normalizes with variance 0. Parameter gradients are sums over the local
+        rows, as DDP expects. Second derivatives are exact.
+
+    Communication:
+        Forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one all_reduce of
+        2 * S * C in the accumulation type; none in a group of one. Backward reduces only if
+        `input` requires a gradient, which must hold on all ranks or none.
+
+    Source:
+        Ioffe and Szegedy 2015, arXiv 1502.03167; splits after arXiv 1904.03515 and 1911.09665.
+
+    Example:
+        >>> input = torch.randn(6, 4, 8, 8)
+        >>> output, moments = sync_split_batch_norm(input, num_splits=2, sizes=(2, 4))
+        >>> torch.allclose(moments.mean[1], input[2:].double().mean((0, 2, 3)))
+        True
+    """
+    check_input(input)
+    check_group(process_group)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    splits = check_splits(input, num_splits, sizes, index)
+    output, packed = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+        input,
+        _by_split("weight", weight, input, num_splits),
+        _by_split("bias", bias, input, num_splits),
+        splits,
+        num_splits,
+        eps,
+        resolve_group(process_group) if sync else None,
+        _kernels.choose(impl),
+    )
+    return output, Moments.unpack(packed)
+
+
+def normalize_rows(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    sizes: Sequence[int] | None,
+    index: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalize each row by given statistics of its split, [S, C]: evaluation with mixed rows."""
+    num_splits = mean.shape[0]
+    return _kernels.choose("aten").normalize(
+        input,
+        check_splits(input, num_splits, sizes, index),
+        mean.double(),
+        (var.double() + eps).rsqrt(),
+        _by_split("weight", weight, input, num_splits),
+        _by_split("bias", bias, input, num_splits),
+    )
+
+
+def check_input(input: Tensor, num_features: int | None = None) -> None:
+    """Raise unless `input` is a floating batch [N, C, ...] with `num_features` channels."""
+    if input.dim() < 2:
+        raise ValueError(
+            f"input must have at least 2 dimensions [N, C, ...], got shape {tuple(input.shape)}"
+        )
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, got {input.dtype}")
+    if num_features is not None and input.shape[1] != num_features:
+        raise ValueError(
+            f"input.shape[1] must equal num_features={num_features}, got {input.shape[1]}"
+        )
+
+
+def check_num_splits(num_splits: int) -> None:
+    """Raise unless there is a split."""
+    if num_splits < 1:
+        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
+
+
+def check_splits(
+    input: Tensor, num_splits: int, sizes: Sequence[int] | None, index: Tensor | None
+) -> Splits:
+    """Return the rows of each split as kernels take them, or raise."""
+    rows = input.shape[0]
+    check_num_splits(num_splits)
+    if sizes is not None and index is not None:
+        raise ValueError("at most one of sizes and index must be given, got both")
+    if index is not None:
+        return _check_index(input, num_splits, index)
+    if sizes is None:
+        if rows % num_splits:
+            raise ValueError(
+                f"input.shape[0] must be divisible by num_splits={num_splits}, got {rows}; "
+                "drop the last short batch, or give the sizes by assign_splits"
+            )
+        return (rows // num_splits,) * num_splits
+    if len(sizes) != num_splits or min(sizes) < 0:
+        raise ValueError(
+            f"sizes must hold num_splits={num_splits} numbers of rows, each 0 or more, "
+            f"got {tuple(sizes)}"
+        )
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"sizes must sum to input.shape[0]={rows}, got {tuple(sizes)} with sum {sum(sizes)}"
+        )
+    return tuple(sizes)
+
+
+def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
+    """Return `index` as a tensor of int64, or raise."""
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"index must hold integers, got {index.dtype}")
+    if index.shape != (input.shape[0],):
+        raise ValueError(
+            f"index must have shape [input.shape[0]]={[input.shape[0]]}, got {list(index.shape)}"
+        )
+    if index.device != input.device:
+        raise ValueError(
+            f"index must be on the device of input, {input.device}, got {index.device}; "
+            "move it there with the batch"
+        )
+    message = f"index must hold splits from 0 to num_splits - 1 = {num_splits - 1}"
+    inside = ((index >= 0) & (index < num_splits)).all()
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not inside:
+            raise ValueError(f"{message}, got {index.min().item()} to {index.max().item()}")
+    else:
+        # Checked on the device, so that the host does not wait for it.
+        torch._assert_async(inside, f"{message}, got others")
+    return index.long()
+
+
+def _by_split(name: str, value: Tensor | None, input: Tensor, num_splits: int) -> Tensor | None:
+    """Return a parameter as [S, C] in the accumulation type of `input`, or raise."""
+    if value is None:
+        return None
+    features = input.shape[1]
+    if value.shape not in ((features,), (num_splits, features)):
+        raise ValueError(
+            f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, "
+            f"got {list(value.shape)}"
+        )
+    return value.to(accumulation_dtype(input.dtype)).expand(num_splits, features)
