@@ -48,9 +48,7 @@ class Checkpoints:
         fingerprint: What must be equal for a run to go on, by the name the user knows it under.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, folder: Path, fingerprint: dict[str, Any]
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.accelerator, self.folder = accelerator, folder
         self.fingerprint = fingerprint
         self.last: Path | None = None

@@ -5,11 +5,11 @@ Sizes: B samples of a rank's batch, S splits, W ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,32 +82,41 @@ class Trainer:
         self.progress = Progress()
         self._pending: list[Tensor] = []
         self._started = 0.0
+        self._rate = 0.0
 
-    def resume(self, checkpoint: Any) -> None:
+    def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint that `Checkpoints.find` returned."""
         self.progress = self.checkpoints.load(checkpoint)
+        if self._enough() and self.progress.epoch < self.epochs:
+            raise ValueError(
+                f"--max-steps must exceed the {self._steps()} steps of {checkpoint}, "
+                f"got {self.max_steps}"
+            )
 
     def run(self, interruption: Interruption) -> bool:
         """Train to the end, and return True, or to an interruption, and return False."""
         self._started = time.monotonic() - self.progress.seconds
-        rows = list(self.progress.rows)
-        self.report.start(rows)
-        while self.progress.epoch < self.epochs and not self._enough():
+        self.report.start(self.progress, len(self.task.train_loader), self._divergence())
+        while not self._finished():
             stopped = self._train_epoch(interruption)
             whole = self.progress.step == len(self.task.train_loader)
             if stopped and not whole:
                 self._save()
                 return False
             row = self._row()
-            rows.append(row)
             if whole:
                 self.progress.rows.append(row)
                 self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
             self._save()
+            # A run cut short by max_steps shows its last epoch, but would resume inside it.
+            rows = self.progress.rows if whole else [*self.progress.rows, row]
             self.report.epoch(rows, self.progress.losses, self._divergence())
-            if self._agree(stopped or interruption.requested):
+            if self._agree(stopped or interruption.requested) and not self._finished():
                 return False
         return True
+
+    def _finished(self) -> bool:
+        return self.progress.epoch == self.epochs or self._enough()
 
     def _enough(self) -> bool:
         return self.max_steps is not None and self._steps() >= self.max_steps
@@ -132,11 +141,13 @@ class Trainer:
         # accelerate sets the sampler's epoch but not the dataset's when there are several ranks.
         task.train_loader.set_epoch(progress.epoch)
         task.train_views.set_epoch(progress.epoch)
-        batches = skip_first_batches(task.train_loader, progress.step)
+        batches = task.train_loader
+        if progress.step:
+            batches = skip_first_batches(batches, progress.step)
         task.model.train()
-        total = len(task.train_loader)
-        bar = self.report.bar(progress.epoch, progress.step, total)
-        stopped = False
+        total, done = len(task.train_loader), progress.step
+        bar = self.report.bar(progress.epoch, done, total)
+        began, stopped = time.monotonic(), False
         for views, labels in batches:
             self._pending.append(self._step(*merge_views(views, labels)))
             progress.step += 1
@@ -148,6 +159,8 @@ class Trainer:
             if enough or stopped:
                 break
         bar.close()
+        images = (progress.step - done) * task.train_loader.total_batch_size
+        self._rate = images / (time.monotonic() - began)
         return stopped
 
     def _step(self, input: Tensor, labels: Tensor) -> Tensor:
@@ -173,3 +186,47 @@ class Trainer:
         rate = self.task.scheduler.get_last_lr()[0]
         self.accelerator.log({"train/lr": rate}, step=len(self.progress.losses))
         bar.set_postfix(loss=f"{losses[-1]:.4f}", lr=f"{rate:.4f}")
+
+    def _row(self) -> dict[str, float]:
+        """What one epoch came to."""
+        progress = self.progress
+        losses = progress.losses[-progress.step :]
+        test_loss, test_accuracy = self._evaluate()
+        divergence = [value for values in self._divergence().values() for value in values]
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": len(progress.losses),
+            "lr": self.task.scheduler.get_last_lr()[0],
+            "train_loss": sum(losses) / len(losses),
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "divergence": sum(divergence) / max(1, len(divergence)),
+            "images_per_second": self._rate,
+            "seconds": time.monotonic() - self._started,
+        }
+        kept = {f"test/{name}": row[f"test_{name}"] for name in ("loss", "accuracy")}
+        self.accelerator.log(kept | {"divergence": row["divergence"]}, step=len(progress.losses))
+        return row
+
+    def _divergence(self) -> dict[str, list[float]]:
+        """Divergence between the splits by layer, in nats; empty without split layers."""
+        if not self.task.split:
+            return {}
+        return split_divergence(self.accelerator.unwrap_model(self.task.model))
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        """Mean loss and accuracy over the test images, each counted once, with split 0."""
+        task = self.task
+        task.model.eval()
+        gathered = []
+        for views, labels in task.test_loader:
+            input, labels = merge_views(views, labels)
+            logits = task.model(input).float()
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            hits = (logits.argmax(dim=1) == labels).float()
+            gathered.append(self.accelerator.gather_for_metrics(torch.stack([losses, hits], dim=1)))
+        seen = torch.cat(gathered)  # [test images, 2]
+        assert len(seen) == len(task.test_loader.dataset), "an image is missing or counted twice"
+        loss, accuracy = seen.double().mean(dim=0).tolist()
+        return loss, accuracy

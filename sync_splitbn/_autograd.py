@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _kernels
-from ._collectives import AllReduce, all_reduce_
+from ._collectives import all_reduce_, all_reduce_copy, differentiable_all_reduce
 from ._kernels import Kernels
-from ._moments import Moments, Splits
+from ._moments import Affine, Moments, Splits
 
 
 class SyncSplitBatchNormFunction(torch.autograd.Function):
@@ -28,43 +28,35 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return y, like x, and the global moments, [S, 2C + 1]."""
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
-        moments = Moments.unpack(packed)
-        mean, invstd = moments.mean, moments.invstd(eps)
         index = splits if isinstance(splits, Tensor) else None
-        ctx.save_for_backward(x, weight, mean, invstd, moments.count, index)
+        ctx.save_for_backward(x, weight, packed, index)
         ctx.sizes = None if isinstance(splits, Tensor) else splits
         ctx.eps, ctx.group, ctx.kernels = eps, group, kernels
         ctx.mark_non_differentiable(packed)
-        return kernels.normalize(x, splits, mean, invstd, weight, bias), packed
+        return kernels.normalize(x, splits, packed, Affine(weight, bias, eps)), packed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, summed over ranks, and of weight and bias, local for DDP."""
         dy = grads[0]
-        x, weight, mean, invstd, count, index = ctx.saved_tensors
-        splits, group, kernels = ctx.sizes or index, ctx.group, ctx.kernels
-        twice = torch.is_grad_enabled()
-        if twice:
-            # Under create_graph the saved statistics would pass for constants: have them, and
-            # all that follows, as functions of x.
-            kernels = _kernels.choose("aten")
-            local = kernels.moments(x, splits, mean.shape[0])
-            moments = Moments.unpack(_all_reduced(local, group))
-            mean, invstd, count = moments.mean, moments.invstd(ctx.eps), moments.count
-        local = kernels.grad_sums(dy, x, splits, mean)
+        x, weight, packed, index = ctx.saved_tensors
+        splits, kernels = ctx.sizes or index, ctx.kernels
+        total = all_reduce_copy
+        if torch.is_grad_enabled():
+            # Under create_graph the saved moments would pass for constants: have them, and all
+            # that follows, as functions of x.
+            kernels, total = _kernels.choose("aten"), differentiable_all_reduce
+            packed = total(kernels.moments(x, splits, packed.shape[0]), ctx.group)
+        local = kernels.grad_sums(dy, x, splits, packed)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            sums = _all_reduced(local, group) if twice else all_reduce_(local.clone(), group)
-            dx = kernels.grad_input(dy, x, splits, mean, invstd, weight, sums, count)
+            sums = total(local, ctx.group)
+            affine = Affine(weight, None, ctx.eps)
+            dx = kernels.grad_input(dy, x, splits, packed, affine, sums)
         sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
         if ctx.needs_input_grad[1]:
+            invstd = Moments.unpack(packed).invstd(ctx.eps)
             dweight = (sum_dy_xmu * invstd).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = sum_dy
         return dx, dweight, dbias, None, None, None, None, None
-
-
-def _all_reduced(local: Tensor, group: Any) -> Tensor:
-    """Return the sum over ranks, differentiable."""
-    total: Tensor = AllReduce.apply(local, group)  # type: ignore[no-untyped-call]
-    return total

@@ -41,19 +41,30 @@ def all_reduce_(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return packed
 
 
-class AllReduce(torch.autograd.Function):
-    """The sum over ranks as a differentiable function; its gradient is the sum of gradients."""
+def all_reduce_copy(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the sum of `packed` over the ranks of `group`, leaving `packed` as it is."""
+    return packed if group is None else all_reduce_(packed.clone(), group)
+
+
+def differentiable_all_reduce(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the same sum as a differentiable function of every rank's `packed`."""
+    total: Tensor = _AllReduce.apply(packed, group)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks; its gradient is the sum of gradients over ranks."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """Return the sum, leaving `packed` as it was."""
+        """Return the sum in a new tensor."""
         ctx.group = group
         return all_reduce_(packed.clone(), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Every rank's loss depends on every rank's `packed`, so gradients sum over ranks too."""
-        return AllReduce.apply(grads[0].contiguous(), ctx.group), None  # type: ignore[no-untyped-call]
+        return differentiable_all_reduce(grads[0].contiguous(), ctx.group), None
 
 
 def sync_group(size: int) -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""The sums that describe each split of a batch, and the statistics that follow from them.
+"""What describes a batch and its splits: rows, sums, the statistics that follow, the affine map.
 
 S splits, C features, N rows. `Splits` says which rows belong to which split: a tuple holds the
 sizes of S contiguous sub-batches, a tensor holds the split of each row, [N].
@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 Splits: TypeAlias = tuple[int, ...] | Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What follows the statistics: weight and bias [S, C] or None, and the eps of the variance."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

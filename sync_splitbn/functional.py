@@ -9,7 +9,8 @@ from torch import Tensor
 from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
 from ._collectives import check_group, resolve_group
-from ._moments import Moments, Splits, accumulation_dtype
+from ._kernels import aten
+from ._moments import Affine, Moments, Splits, accumulation_dtype
 
 
 def sync_split_batch_norm(
@@ -103,13 +104,16 @@ def normalize_rows(
 ) -> Tensor:
     """Normalize each row by given statistics of its split, [S, C]: evaluation with mixed rows."""
     num_splits = mean.shape[0]
-    return _kernels.choose("aten").normalize(
+    return aten.normalize_by(
         input,
         check_splits(input, num_splits, sizes, index),
         mean.double(),
-        (var.double() + eps).rsqrt(),
-        _by_split("weight", weight, input, num_splits),
-        _by_split("bias", bias, input, num_splits),
+        var.double(),
+        Affine(
+            _by_split("weight", weight, input, num_splits),
+            _by_split("bias", bias, input, num_splits),
+            eps,
+        ),
     )
 
 

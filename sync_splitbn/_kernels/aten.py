@@ -1,14 +1,14 @@
 """The four kernels as compositions of ATen operators: any device, traceable, differentiable.
 
-N rows, S splits, C features, L positions per row. Values per split are float64, [S, C]. The mean
-is used as a high part in the accumulation type and the rest that the type cannot hold: `x - high`
-is exact near the mean, so no digit is lost however large mean / std is.
+N rows, S splits, C features, L positions per row. The mean is used as a high part in the
+accumulation type, and the rest that the type cannot hold goes into the offset: `x - high` is
+exact near the mean, so no digit is lost however large mean / std is.
 """
 
 import torch
 from torch import Tensor
 
-from .._moments import Moments, Splits, accumulation_dtype
+from .._moments import Affine, Moments, Splits, accumulation_dtype
 
 
 def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
@@ -31,28 +31,28 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     return _sum_by_split(by_row.pack(), splits, num_splits)
 
 
-def normalize(
-    x: Tensor,
-    splits: Splits,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+def normalize(x: Tensor, splits: Splits, packed: Tensor, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
+    moments = Moments.unpack(packed)
+    return normalize_by(x, splits, moments.mean, moments.var, affine)
+
+
+def normalize_by(x: Tensor, splits: Splits, mean: Tensor, var: Tensor, affine: Affine) -> Tensor:
+    """Do the same with statistics that are given, [S, C], float64."""
     dtype = accumulation_dtype(x.dtype)
-    scale = invstd if weight is None else invstd * weight
+    scale = _scale(var, affine)
     high = mean.to(dtype)
     shift = (high - mean) * scale
-    if bias is not None:
-        shift = shift + bias
+    if affine.bias is not None:
+        shift = shift + affine.bias
     high, scale, shift = _by_row(x, splits, high, scale, shift)
     return torch.addcmul(shift, x.to(dtype) - high, scale).to(x.dtype)
 
 
-def grad_sums(dy: Tensor, x: Tensor, splits: Splits, mean: Tensor) -> Tensor:
+def grad_sums(dy: Tensor, x: Tensor, splits: Splits, packed: Tensor) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
     dtype = accumulation_dtype(x.dtype)
+    mean = Moments.unpack(packed).mean
     high = mean.to(dtype)
     dims = tuple(range(2, x.dim()))
     centred = x.to(dtype) - _by_row(x, splits, high)[0]
@@ -66,25 +66,26 @@ def grad_sums(dy: Tensor, x: Tensor, splits: Splits, mean: Tensor) -> Tensor:
 
 
 def grad_input(
-    dy: Tensor,
-    x: Tensor,
-    splits: Splits,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
+    dy: Tensor, x: Tensor, splits: Splits, packed: Tensor, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
     dtype = accumulation_dtype(x.dtype)
-    scale = invstd if weight is None else invstd * weight
-    mean_dy, mean_dy_xmu = (sums.double() / count.clamp(min=1).unsqueeze(1)).chunk(2, dim=1)
-    slope = -scale * invstd.square() * mean_dy_xmu
+    moments = Moments.unpack(packed)
+    mean, scale = moments.mean, _scale(moments.var, affine)
+    per_element = sums.double() / moments.count.clamp(min=1).unsqueeze(1)
+    mean_dy, mean_dy_xmu = per_element.chunk(2, dim=1)
+    slope = -scale * mean_dy_xmu / (moments.var + affine.eps)
     high = mean.to(dtype)
     offset = slope * (high - mean) - scale * mean_dy
     high, scale, slope, offset = _by_row(x, splits, high, scale, slope, offset)
     dx = torch.addcmul(offset, x.to(dtype) - high, slope)
     return torch.addcmul(dx, dy.to(dtype), scale).to(x.dtype)
+
+
+def _scale(var: Tensor, affine: Affine) -> Tensor:
+    """Return the factor of each split and channel, [S, C]."""
+    invstd = (var + affine.eps).rsqrt()
+    return invstd if affine.weight is None else invstd * affine.weight
 
 
 def _sum_by_split(by_row: Tensor, splits: Splits, num_splits: int) -> Tensor:

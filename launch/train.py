@@ -1,0 +1,233 @@
+"""Supervised training with augmentation splits; `python -m launch.train --help` says how.
+
+A batch is laid out [clean | augmented | augmented ...]; with `--split-bn` each part has batch
+norms of its own, whose statistics cover that part on all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sync_splitbn import convert_sync_split_batchnorm, revert_sync_split_batchnorm
+from sync_splitbn.data import SplitViews
+
+from .augment import View, split_transforms
+from .checkpoints import Checkpoints
+from .datasets import MNIST_MEAN, MNIST_STD, mnist
+from .engine import Task, Trainer
+from .interrupt import EXIT_INTERRUPTED, Interruption, leave_signals_to_rank
+from .losses import jsd_cross_entropy, split_cross_entropy
+from .model import SmallResNet
+from .options import INDECISIVE, parse_arguments
+from .report import Report
+from .start import start
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code.
+
+    Args:
+        arguments: words of the command line; None takes this process's own.
+    """
+    options = parse_arguments(arguments)
+    accelerator = start(cpu=options.cpu, seed=options.seed, output=options.output)
+    code = _train(options, accelerator)
+    # The process group may hang when it goes before the models, which were locals of _train.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return code
+
+
+def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Everything between the first and the last use of the model."""
+    decisive = {f"--{name.replace('_', '-')}": value for name, value in _decisive(options)}
+    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
+    checkpoint = checkpoints.find(options.resume)
+    report = Report(
+        options.output,
+        main=accelerator.is_main_process,
+        header={
+            "arguments": {name: _plain(value) for name, value in vars(options).items()},
+            "device": accelerator.device.type,
+            **world,
+        },
+    )
+    task = _task(options, accelerator)
+    trainer = Trainer(
+        accelerator,
+        task,
+        checkpoints,
+        report,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        log_interval=options.log_interval,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    accelerator.init_trackers(
+        "tensorboard",
+        # Events of steps that are now trained again are hidden.
+        init_kwargs={"tensorboard": {"purge_step": len(trainer.progress.losses) + 1}},
+    )
+    with Interruption() as interruption:
+        report.print(
+            f"{len(task.train_views)} images, {len(task.train_loader)} steps an epoch, on "
+            f"{accelerator.num_processes} x {accelerator.device.type}"
+            + (f", from {checkpoint}" if checkpoint else "")
+        )
+        finished = trainer.run(interruption)
+    report.write("complete" if finished else "interrupted")
+    if not finished:
+        report.print(
+            f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
+            "repeat the command with --resume auto to go on"
+        )
+        return EXIT_INTERRUPTED
+    weights = options.output / "plain.safetensors"
+    if accelerator.is_main_process:
+        save_file(_plain_state(accelerator.unwrap_model(task.model), options.split_bn), weights)
+    report.draw()
+    report.print(_farewell(report.results, options.output, weights, checkpoints.last))
+    return 0
+
+
+def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
+    """Data, model, optimizer and schedule, prepared."""
+    set_seed(options.seed)
+    views, train_loader, test_loader = _loaders(options, accelerator)
+    model: nn.Module = SmallResNet()
+    if options.split_bn:
+        model = convert_sync_split_batchnorm(model, options.aug_splits)
+    optimizer = torch.optim.SGD(
+        _parameter_groups(model, options.weight_decay),
+        lr=options.lr,
+        momentum=options.momentum,
+        nesterov=options.momentum > 0,
+    )
+    steps = len(train_loader) // accelerator.num_processes
+    if steps == 0:
+        raise ValueError(
+            f"--batch-size must leave a whole batch for each rank, got {options.batch_size} on "
+            f"{accelerator.num_processes} ranks for {len(views)} images"
+        )
+    schedule = functools.partial(
+        _rate_factor, warmup=options.warmup_epochs * steps, total=options.epochs * steps
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    model, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
+        model, optimizer, scheduler, train_loader, test_loader
+    )
+    return Task(
+        model=model,
+        loss=_loss(options),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_views=views,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        split=options.split_bn,
+    )
+
+
+def _loaders(
+    options: argparse.Namespace, accelerator: Accelerator
+) -> tuple[SplitViews, DataLoader[Any], DataLoader[Any]]:
+    """The training views and, not yet prepared, the loaders."""
+    train, test = mnist()
+    statistics = {"mean": [MNIST_MEAN], "std": [MNIST_STD]}
+    transforms = split_transforms(
+        max(1, options.aug_splits),
+        **statistics,
+        aa=options.aa,
+        reprob=options.reprob,
+        resplit=options.resplit,
+    )
+    views = SplitViews(train, transforms, seed=options.seed)
+    load = functools.partial(
+        DataLoader,
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=accelerator.device.type != "cpu",
+        worker_init_fn=leave_signals_to_rank,
+    )
+    # Generators of their own keep the loaders off torch's, whose state a checkpoint restores.
+    train_loader = load(views, shuffle=True, drop_last=True, generator=torch.Generator())
+    test_loader = load(SplitViews(test, [View(**statistics)]), generator=torch.Generator())
+    return views, train_loader, test_loader
+
+
+def _loss(options: argparse.Namespace) -> Any:
+    """The loss of (model, input, labels)."""
+    criterion = functools.partial(split_cross_entropy, smoothing=options.smoothing)
+    if options.jsd_loss:
+        criterion = functools.partial(
+            jsd_cross_entropy, num_splits=options.aug_splits, smoothing=options.smoothing
+        )
+
+    def loss(model: nn.Module, input: Tensor, labels: Tensor) -> Tensor:
+        return criterion(model(input), labels)
+
+    return loss
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Biases and the parameters of the batch norms are spared from weight decay."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _rate_factor(step: int, *, warmup: float, total: int) -> float:
+    """Share of the highest learning rate: a linear rise, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+
+def _plain_state(model: nn.Module, split: bool) -> dict[str, Tensor]:
+    """Weights of the same network with plain batch norms: split 0, the one that infers."""
+    if split:
+        model = revert_sync_split_batchnorm(copy.deepcopy(model))
+    return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+
+
+def _decisive(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(options).items() if name not in INDECISIVE]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _farewell(results: dict[str, Any], output: Path, weights: Path, checkpoint: Any) -> str:
+    """The last words: the result, and what lies where."""
+    return (
+        f"test accuracy {results['test_accuracy']:.2%} after {len(results['losses'])} steps, "
+        f"{results['seconds']:.0f} s\n"
+        f"  {output / 'results.json'}  arguments, versions, every loss and epoch\n"
+        f"  {output / 'summary.png'}  loss, accuracy, divergence between the splits\n"
+        f"  {weights}  plain batch norm weights for launch.model.SmallResNet\n"
+        f"  {checkpoint}  checkpoint\n"
+        f"  tensorboard --logdir {output}  the same curves, live"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
