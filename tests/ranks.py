@@ -113,7 +113,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
-            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args)]
+            tensors = list(torch.utils._pytree.tree_leaves(args))
             tensor = next(leaf for leaf in tensors if isinstance(leaf, torch.Tensor))
             self.calls.append((func._opname, tensor.numel(), tensor.dtype))
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,74 @@
+"""The floors of the house: imports point strictly downward, and each subject has one home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sync_splitbn
+
+ROOT = Path(sync_splitbn.__file__).parent
+FLOORS = [
+    {"__init__"},
+    {"convert", "diagnostics"},
+    {"layer"},
+    {"assignment", "functional"},
+    {"_autograd"},
+    {"_kernels"},
+    {"_kernels.aten", "_kernels.cpu", "_kernels.triton", "_collectives"},
+    {"_moments"},
+    {"data"},
+]
+FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports_of(path):
+    """Names of the package's own modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.relative_to(ROOT).parts[: -node.level]
+            module = [*folder, *(node.module or "").split(".")]
+            for alias in node.names:
+                inside = ".".join(filter(None, [*module, alias.name]))
+                yield inside if inside in FLOOR else ".".join(filter(None, module))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if not modules else []
+            assert not any(name.startswith("sync_splitbn") for name in modules), "import relatively"
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_strictly_downward(path):
+    for imported in imports_of(path):
+        assert FLOOR[name_of(path)] < FLOOR[imported], f"{name_of(path)} imports {imported}"
+
+
+def test_only_collectives_speaks_to_torch_distributed():
+    for path in FILES:
+        if name_of(path) == "_collectives":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not any((m or "").startswith("torch.distributed") for m in modules), path
+
+
+def test_public_names_are_those_of_the_contract():
+    assert sorted(sync_splitbn.__all__) == [
+        "SyncSplitBatchNorm",
+        "assign_splits",
+        "convert_sync_split_batchnorm",
+        "frozen_stats",
+        "revert_sync_split_batchnorm",
+        "split_divergence",
+        "sync_group",
+        "sync_split_batch_norm",
+    ]
