@@ -1,22 +1,18 @@
-"""Augmentation of single images in timm's grammar: RandAugment on Pillow, random erasing on torch.
+"""RandAugment for single images, in timm's grammar.
 
 Pillow computes the operations because timm's are defined by it: ours give the same image bit for
-bit. Every draw comes from Python's `random` or torch's CPU generator, so that
-`SplitViews(seed=...)` decides them. A level is a magnitude divided by 10.
+bit. Every draw comes from Python's `random`, so that `SplitViews(seed=...)` decides it. A level
+is a magnitude divided by 10.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch import Tensor
 
 Fill = int | tuple[int, ...]
 
@@ -26,7 +22,7 @@ def _either_sign(value: float) -> float:
 
 
 def _affine(matrix: Callable[[float, tuple[int, int]], tuple[float, ...]]) -> Callable:
-    """The operation that maps output to input coordinates by `matrix(argument, image size)`."""
+    """Return the operation that maps output to input coordinates by `matrix(argument, size)`."""
 
     def apply(image: Image.Image, argument: float, fill: Fill) -> Image.Image:
         resample = random.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
@@ -105,17 +101,17 @@ INCREASING_ARGUMENTS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Applies `n` operations drawn for each image, each with probability `p`.
+    """`n` operations drawn for each image, each applied with probability `p`.
 
     Args:
-        fill: Grey value, or one value for each band, of the pixels that move into the image.
-        m: Magnitude, 0 (nothing) to `mmax`.
-        n: Operations for each image.
-        p: Probability of each operation.
-        mstd: Standard deviation of normal noise on the magnitude; above 100 the magnitude is drawn
+        fill: grey value, or one value for each band, of the pixels that move into the image.
+        m: magnitude, 0 (nothing) to `mmax`.
+        n: operations for each image.
+        p: probability of each operation.
+        mstd: standard deviation of normal noise on the magnitude; above 100 the magnitude is drawn
             uniformly from 0 to `m`.
-        mmax: Upper bound of the magnitude, noise included.
-        inc: Whether every operation's damage grows with the magnitude.
+        mmax: upper bound of the magnitude, noise included.
+        inc: whether every operation's damage grows with the magnitude.
 
     Source:
         Cubuk et al. 2019, arXiv 1909.13719; the grammar and the magnitude noise are timm's.
@@ -131,7 +127,15 @@ class RandAugment:
 
     @classmethod
     def parse(cls, spec: str, fill: Fill) -> RandAugment:
-        """Reads timm's notation, such as ``rand-m9-mstd0.5-inc1``."""
+        """Read timm's notation, such as `rand-m9-mstd0.5-inc1`.
+
+        Args:
+            spec: the policy.
+            fill: as of the class.
+
+        Raises:
+            ValueError: `spec` is not understood; the message lists what is.
+        """
         kinds = {f.name: int if f.type == "int" else float for f in fields(cls)[1:]}
         name, *parts = spec.split("-")
         matches = [re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part) for part in parts]
@@ -151,12 +155,13 @@ class RandAugment:
         return cls(fill, **options)
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image after `n` operations."""
         for name in random.choices(list(OPERATIONS), k=self.n):
             image = self.apply(name, image)
         return image
 
     def apply(self, name: str, image: Image.Image) -> Image.Image:
-        """One operation, or with probability `1 - p` none."""
+        """Return the image after one operation or, with probability `1 - p`, as it is."""
         if self.p < 1 and random.random() > self.p:
             return image
         magnitude: float = self.m
@@ -168,90 +173,3 @@ class RandAugment:
         arguments = INCREASING_ARGUMENTS if self.inc else ARGUMENTS
         argument = arguments[name](level) if name in arguments else 0
         return OPERATIONS[name](image, argument, self.fill)
-
-
-@dataclass(frozen=True)
-class RandomErasing:
-    """Replaces a random rectangle of a normalized image by normal noise.
-
-    Our own lines, because kornia's costs 0.4 ms an image here and a second of import for each
-    rank, and these cost 0.02 ms.
-
-    Args:
-        probability: Probability that an image loses a rectangle.
-
-    Source:
-        Zhong et al. 2017, arXiv 1708.04896, with timm's ranges of area and aspect.
-    """
-
-    probability: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if random.random() > self.probability:
-            return image
-        channels, height, width = image.shape
-        # A rectangle that does not fit is drawn again, ten times at most.
-        for _ in range(10):
-            area = random.uniform(0.02, 1 / 3) * height * width
-            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
-            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if rows < height and columns < width:
-                top, left = random.randint(0, height - rows), random.randint(0, width - columns)
-                noise = torch.randn(channels, rows, columns)
-                image[:, top : top + rows, left : left + columns] = noise
-                break
-        return image
-
-
-@dataclass(frozen=True)
-class View:
-    """From an image to one view of it: augment, convert, normalize, erase.
-
-    Args:
-        mean: Mean of each band, as a fraction of white.
-        std: Standard deviation of each band, as a fraction of white.
-        augment: Applied to the image; ``None`` leaves it clean.
-        erase: Applied to the normalized tensor; ``None`` leaves it whole.
-    """
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    augment: RandAugment | None = None
-    erase: RandomErasing | None = None
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        if self.augment is not None:
-            image = self.augment(image)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).div_(255)
-        pixels = pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)  # [C, H, W]
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        view = (pixels - mean[:, None, None]) / std[:, None, None]
-        return view if self.erase is None else self.erase(view)
-
-
-def split_transforms(
-    num_splits: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    aa: str | None = None,
-    reprob: float = 0.0,
-    resplit: bool = False,
-) -> list[View]:
-    """One `View` for each split: the first clean, the others augmented, as timm divides a batch.
-
-    Args:
-        num_splits: Number of views, at least 1; with 1 the only view is augmented.
-        mean: Mean of each band, as a fraction of white.
-        std: Standard deviation of each band, as a fraction of white.
-        aa: Policy in timm's notation; ``None`` for none.
-        reprob: Probability of random erasing.
-        resplit: Whether the first view is spared from erasing.
-    """
-    fill = tuple(min(255, round(255 * value)) for value in mean)
-    policy = RandAugment.parse(aa, fill if len(fill) > 1 else fill[0]) if aa else None
-    erase = RandomErasing(reprob) if reprob > 0 else None
-    augmented = View(mean, std, policy, erase)
-    if num_splits == 1:
-        return [augmented]
-    return [View(mean, std, None, None if resplit else erase)] + [augmented] * (num_splits - 1)

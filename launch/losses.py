@@ -1,7 +1,5 @@
 """What a batch of splits is trained on: cross-entropy, and agreement between the splits."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -10,12 +8,12 @@ from torch.nn import functional as F
 
 
 def split_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy over the views of all splits alike.
+    """Return the cross-entropy over the views of all splits alike.
 
     Args:
-        logits: ``[S * B, classes]``, split by split.
-        labels: ``[S * B]``, class numbers.
-        smoothing: Share of the target spread over all classes, 0 to 1.
+        logits: `[S * B, classes]`, split by split.
+        labels: `[S * B]`, class numbers.
+        smoothing: share of the target spread over all classes, 0 to 1.
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
@@ -23,14 +21,14 @@ def split_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.
 def jsd_cross_entropy(
     logits: Tensor, labels: Tensor, *, num_splits: int, alpha: float = 12.0, smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of the clean split plus the Jensen-Shannon divergence between all splits.
+    """Return the clean split's cross-entropy plus the Jensen-Shannon divergence of all splits.
 
     Args:
-        logits: ``[S * B, classes]``, split by split, the clean one first.
-        labels: ``[S * B]``, class numbers.
+        logits: `[S * B, classes]`, split by split, the clean one first.
+        labels: `[S * B]`, class numbers.
         num_splits: S, at least 2.
-        alpha: Weight of the divergence, which is in nats.
-        smoothing: Share of the target spread over all classes, 0 to 1.
+        alpha: weight of the divergence, which is in nats.
+        smoothing: share of the target spread over all classes, 0 to 1.
 
     Source:
         Hendrycks et al. 2020, arXiv 1912.02781; the weight and the clean split are timm's.

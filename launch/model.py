@@ -1,7 +1,5 @@
 """A small residual network for small images, with plain batch norms that conversion replaces."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 
@@ -9,9 +7,9 @@ class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut.
 
     Args:
-        inputs: Channels that come in.
-        outputs: Channels that go out.
-        stride: Step of the first convolution, in pixels.
+        inputs: channels that come in.
+        outputs: channels that go out.
+        stride: step of the first convolution, in pixels.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -28,7 +26,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Keeps the shape but for the channels and the stride."""
+        """Keep the shape but for the channels and the stride."""
         hidden = self.act(self.bn1(self.conv1(input)))
         return self.act(self.bn2(self.conv2(hidden)) + self.shortcut(input))
 
@@ -37,9 +35,9 @@ class SmallResNet(nn.Sequential):
     """A stem, three residual blocks and a linear classifier: nine batch norms.
 
     Args:
-        num_classes: Size of the output.
+        num_classes: size of the output.
         in_channels: 1 for grey images, 3 for colour.
-        width: Channels of the first block; the second has twice, the third four times as many.
+        width: channels of the first block; the second has twice, the third four times as many.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 24) -> None:

@@ -1,7 +1,5 @@
 """The command line of `launch.train`, in timm's words."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -41,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
-    """What is wrong with a combination of options, if anything."""
+    """Return what is wrong with a combination of options, if anything."""
     if options.aug_splits == 1 or options.aug_splits < 0:
         return f"--aug-splits must be 0 or at least 2, got {options.aug_splits}"
     for name in ("split_bn", "resplit", "jsd_loss"):
@@ -142,7 +140,7 @@ def _add_optimization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr",
         type=float,
-        default=0.1,
+        default=0.05,
         help="highest learning rate, for the batch of all ranks together; it is not scaled",
     )
     group.add_argument(
@@ -157,7 +155,7 @@ def _add_optimization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warmup-epochs",
         type=float,
-        default=1.0,
+        default=2.0,
         help="epochs in which the learning rate rises linearly",
     )
 

@@ -1,7 +1,5 @@
 """What a run tells: a bar, a table, results.json, a picture, and where everything lies."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -65,7 +63,7 @@ class Report:
             self.print(_line(row))
 
     def bar(self, epoch: int, step: int, total: int) -> tqdm[Any]:
-        """Progress of one epoch, shown on a terminal and nowhere else."""
+        """Return a bar for one epoch, shown on a terminal and nowhere else."""
         hidden = None if self.main else True
         return tqdm(
             desc=f"epoch {epoch + 1}", initial=step, total=total, disable=hidden, leave=False
@@ -106,15 +104,26 @@ class Report:
         if not self.main:
             return
         panels = 3 if self.results["divergence"] else 2
-        figure = Figure(figsize=(5 * panels, 4), dpi=120, layout="constrained")
+        figure = Figure(figsize=(5 * panels, 4.2), dpi=120, layout="constrained")
         axes = figure.subplots(1, panels)
         self._draw_loss(axes[0])
         self._draw_accuracy(axes[1])
         if panels == 3:
             plot_split_divergence(self.results["divergence"], axes[2])
+            axes[2].set_title("divergence between the splits")
+        figure.suptitle(self._caption())
         for panel in axes:
             panel.spines[["top", "right"]].set_visible(False)
         figure.savefig(self.folder / "summary.png")
+
+    def _caption(self) -> str:
+        options = self.results["arguments"]
+        norms = "split and synchronized" if options["split_bn"] else "plain"
+        return (
+            f"{max(1, options['aug_splits'])} view(s), {norms} batch norms, "
+            f"{self.results['ranks']} x {self.results['device']}: "
+            f"test accuracy {self.results['test_accuracy']:.2%}"
+        )
 
     def _draw_loss(self, axes: Any) -> None:
         losses = np.array(self.results["losses"])
@@ -124,7 +133,7 @@ class Report:
         train = [row["train_loss"] for row in self.results["epochs"]]
         axes.plot(epochs, train, color="C0", marker=".", label="train, mean of the epoch")
         test = [row["test_loss"] for row in self.results["epochs"]]
-        axes.plot(epochs, test, color="C1", marker=".", label="test")
+        axes.plot(epochs, test, color="C1", marker=".", label="test, clean images")
         axes.set(title="loss", xlabel="epoch", ylabel="nats", ylim=(0, None))
         axes.legend(frameon=False)
 
@@ -146,7 +155,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on beside its arguments."""
+    """Return what the numbers of a run depend on beside its arguments."""
     return {
         "sync_splitbn": sync_splitbn.__version__,
         "python": platform.python_version(),

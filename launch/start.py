@@ -1,7 +1,5 @@
 """From the launcher's environment to an `Accelerator` that means what the user asked for."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 
+_CONFIG = "launch/configs/two_processes.yaml"
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -22,12 +21,12 @@ _SUPPORTED = (
 
 
 def start(*, cpu: bool, seed: int, output: Path) -> Accelerator:
-    """An accelerator over all ranks the user asked for, or an error that names the right command.
+    """Return an accelerator over all ranks that were asked for, or refuse with the right command.
 
     Args:
-        cpu: Whether to leave an accelerator of the machine alone.
-        seed: Decides the order of the training images.
-        output: Folder that receives the TensorBoard events.
+        cpu: whether to leave an accelerator of the machine alone.
+        seed: decides the order of the training images.
+        output: folder that receives the TensorBoard events.
 
     Raises:
         RuntimeError: The launcher started fewer ranks than asked for, or accelerate sees fewer
@@ -53,7 +52,7 @@ def start(*, cpu: bool, seed: int, output: Path) -> Accelerator:
             "gradient_accumulation_steps must be 1, because statistics cover one micro-batch, "
             f"got {accelerator.gradient_accumulation_steps}; use a larger --batch-size"
         )
-    if not cpu and accelerator.device.type == "cpu" and 0 < _accelerators():
+    if not cpu and accelerator.device.type == "cpu" and _accelerators() > 0:
         accelerator.print(
             f"{_accelerators()} accelerator(s) for {os.environ['LOCAL_WORLD_SIZE']} local ranks: "
             f"training on the CPU; pass --num_processes {_accelerators()} to use them",
@@ -63,10 +62,10 @@ def start(*, cpu: bool, seed: int, output: Path) -> Accelerator:
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """Refuses the two ways in which CPU ranks are lost without a word.
+    """Refuse the two ways in which CPU ranks are lost without a word.
 
     Args:
-        accelerator: As constructed.
+        accelerator: as constructed.
 
     Raises:
         RuntimeError: One process runs where several were asked for, or each rank of several
@@ -74,8 +73,7 @@ def check_world(accelerator: Accelerator) -> None:
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     command = shlex.join(
-        ["accelerate", "launch", "--config_file", "launch/configs/two_processes.yaml"]
-        + ["-m", _module_name(), *sys.argv[1:]]
+        ["accelerate", "launch", "--config_file", _CONFIG, "-m", _module_name(), *sys.argv[1:]]
     )
     if world != accelerator.num_processes:
         raise RuntimeError(
@@ -92,13 +90,13 @@ def check_world(accelerator: Accelerator) -> None:
 
 
 def _accelerators() -> int:
-    """Devices of this machine that the layer can use; Apple's has no float64 for the sums."""
+    """Return how many accelerators the layer can use; Apple's has no float64 for the sums."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return 0 if device is None or device.type == "mps" else torch.accelerator.device_count()
 
 
 def _module_name() -> str:
-    """What follows `-m` in the command that started this process."""
+    """Return what follows `-m` in the command that started this process."""
     main: Any = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return spec.name if spec is not None else "launch.train"

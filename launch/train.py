@@ -4,12 +4,9 @@ A batch is laid out [clean | augmented | augmented ...]; with `--split-bn` each 
 norms of its own, whose statistics cover that part on all ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,20 +21,21 @@ from torch.utils.data import DataLoader
 from sync_splitbn import convert_sync_split_batchnorm, revert_sync_split_batchnorm
 from sync_splitbn.data import SplitViews
 
-from .augment import View, split_transforms
 from .checkpoints import Checkpoints
 from .datasets import MNIST_MEAN, MNIST_STD, mnist
 from .engine import Task, Trainer
 from .interrupt import EXIT_INTERRUPTED, Interruption, leave_signals_to_rank
 from .losses import jsd_cross_entropy, split_cross_entropy
 from .model import SmallResNet
+from .optimization import sgd, warmup_cosine
 from .options import INDECISIVE, parse_arguments
 from .report import Report
 from .start import start
+from .views import View, split_transforms
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code.
+    """Train as the command line says, and return the exit code.
 
     Args:
         arguments: words of the command line; None takes this process's own.
@@ -52,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Everything between the first and the last use of the model."""
+    """Do everything between the first and the last use of the model."""
     decisive = {f"--{name.replace('_', '-')}": value for name, value in _decisive(options)}
     world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
@@ -106,17 +104,14 @@ def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
 
 
 def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
-    """Data, model, optimizer and schedule, prepared."""
+    """Return data, model, optimizer and schedule, prepared."""
     set_seed(options.seed)
     views, train_loader, test_loader = _loaders(options, accelerator)
     model: nn.Module = SmallResNet()
     if options.split_bn:
         model = convert_sync_split_batchnorm(model, options.aug_splits)
-    optimizer = torch.optim.SGD(
-        _parameter_groups(model, options.weight_decay),
-        lr=options.lr,
-        momentum=options.momentum,
-        nesterov=options.momentum > 0,
+    optimizer = sgd(
+        model, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
     )
     steps = len(train_loader) // accelerator.num_processes
     if steps == 0:
@@ -124,10 +119,9 @@ def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
             f"--batch-size must leave a whole batch for each rank, got {options.batch_size} on "
             f"{accelerator.num_processes} ranks for {len(views)} images"
         )
-    schedule = functools.partial(
-        _rate_factor, warmup=options.warmup_epochs * steps, total=options.epochs * steps
+    scheduler = warmup_cosine(
+        optimizer, warmup=options.warmup_epochs * steps, total=options.epochs * steps
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
         model, optimizer, scheduler, train_loader, test_loader
     )
@@ -146,7 +140,7 @@ def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
 def _loaders(
     options: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[SplitViews, DataLoader[Any], DataLoader[Any]]:
-    """The training views and, not yet prepared, the loaders."""
+    """Return the training views and, not yet prepared, the loaders."""
     train, test = mnist()
     statistics = {"mean": [MNIST_MEAN], "std": [MNIST_STD]}
     transforms = split_transforms(
@@ -172,7 +166,7 @@ def _loaders(
 
 
 def _loss(options: argparse.Namespace) -> Any:
-    """The loss of (model, input, labels)."""
+    """Return the loss of (model, input, labels)."""
     criterion = functools.partial(split_cross_entropy, smoothing=options.smoothing)
     if options.jsd_loss:
         criterion = functools.partial(
@@ -185,24 +179,8 @@ def _loss(options: argparse.Namespace) -> Any:
     return loss
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and the parameters of the batch norms are spared from weight decay."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _rate_factor(step: int, *, warmup: float, total: int) -> float:
-    """Share of the highest learning rate: a linear rise, then half a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
-
-
 def _plain_state(model: nn.Module, split: bool) -> dict[str, Tensor]:
-    """Weights of the same network with plain batch norms: split 0, the one that infers."""
+    """Return the weights of the same network with plain batch norms, those of split 0."""
     if split:
         model = revert_sync_split_batchnorm(copy.deepcopy(model))
     return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
@@ -217,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def _farewell(results: dict[str, Any], output: Path, weights: Path, checkpoint: Any) -> str:
-    """The last words: the result, and what lies where."""
+    """Return the last words: the result, and what lies where."""
     return (
         f"test accuracy {results['test_accuracy']:.2%} after {len(results['losses'])} steps, "
         f"{results['seconds']:.0f} s\n"

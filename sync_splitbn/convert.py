@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._collectives import check_group
+from ._state import BUFFERS, PARAMETERS, Auxiliary
 from .functional import check_num_splits
-from .layer import BUFFERS, PARAMETERS, Auxiliary, SyncSplitBatchNorm, SyncSplitBatchNormAct
+from .layer import SyncSplitBatchNorm, SyncSplitBatchNormAct
 
 
 def convert_sync_split_batchnorm(

@@ -3,8 +3,6 @@
 Sizes used below: B samples of the local batch, S views (one for each split).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import operator
@@ -23,30 +21,30 @@ __all__ = ["SplitViews", "merge_views"]
 class SplitViews(Dataset[tuple[Tensor, Any]]):
     """A dataset whose item is all S views of one image, stacked, and its label.
 
-    The default collation turns such items into a batch ``[B, S, ...]``, and `merge_views` orders
+    The default collation turns such items into a batch `[B, S, ...]`, and `merge_views` orders
     it split by split on the device. The views are *not* concatenated in a collate function,
-    ``[S * B, ...]``, because loaders own dimension 0: accelerate slices it between the ranks
-    (``split_batches``, ``dispatch_batches``), fills a short last batch with rows of the first
-    (``even_batches``) and cuts the surplus off again. A batch that is already laid out by splits
+    `[S * B, ...]`, because loaders own dimension 0: accelerate slices it between the ranks
+    (`split_batches`, `dispatch_batches`), fills a short last batch with rows of the first
+    (`even_batches`) and cuts the surplus off again. A batch that is already laid out by splits
     is cut through by all of these, still divides by S, and trains on mixed splits in silence. With
     one sample a row, a rank gets whole samples whatever happens to dimension 0.
 
-    With a `seed`, the views of an item depend on ``(seed, epoch, index)`` alone: on neither the
+    With a `seed`, the views of an item depend on `(seed, epoch, index)` alone: on neither the
     number of workers or ranks, nor the order of the items, nor the point a run resumes at. Python's
     and torch's CPU generators (and NumPy's, where NumPy is loaded) are seeded for the item, its own
     loading included, and put back afterwards.
 
     Args:
-        dataset: Map-style dataset of ``(image, label)`` pairs.
-        transforms: One function for each split, from image to tensor, all giving one shape and
+        dataset: map-style dataset of `(image, label)` pairs.
+        transforms: one function for each split, from image to tensor, all giving one shape and
             dtype. They are called in order and must not modify the image.
-        seed: Any integer; ``None`` leaves the randomness to the global generators.
+        seed: any integer; None leaves the randomness to the global generators.
 
     Raises:
         TypeError: `dataset` is not map-style, an item is no pair, or a view is no tensor.
         ValueError: `transforms` is empty, or the views differ in shape or dtype.
 
-    Examples:
+    Example:
         >>> clean, inverted = torch.tensor, lambda image: -torch.tensor(image)
         >>> views, label = SplitViews([([1.0, 2.0], 7)], [clean, inverted])[0]
         >>> views.tolist(), label
@@ -76,13 +74,13 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws new views from here on; without a `seed` it changes nothing.
+        """Draw new views from here on; without a `seed` it changes nothing.
 
         Call it before each epoch: accelerate passes the epoch on to its sampler and, on several
         ranks with a seedable sampler, to that alone.
 
         Args:
-            epoch: Number of the epoch, from 0.
+            epoch: number of the epoch, from 0.
         """
         self._epoch.fill_(epoch)
 
@@ -111,7 +109,7 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
         return torch.stack(views), label
 
     def _pair(self, index: int) -> tuple[Any, Any]:
-        """The image and the label of one item."""
+        """Return the image and the label of one item."""
         item = self.dataset[index]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             got = type(item).__name__
@@ -120,7 +118,7 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
         return item[0], item[1]
 
     def _drawn_for(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """The scope in which one item's randomness is its own."""
+        """Return the scope in which one item's randomness is its own."""
         if self.seed is None:
             return contextlib.nullcontext()
         return _seeded(self.seed, int(self._epoch), index)
@@ -128,7 +126,7 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
 
 @contextlib.contextmanager
 def _seeded(*key: int) -> Iterator[None]:
-    """Seeds the CPU generators from the integers of `key`, and puts them back on leaving."""
+    """Seed the CPU generators from the integers of `key`, and put them back on leaving."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little")
     # Looked up, not imported: torch works without NumPy, and so does this module.
@@ -150,22 +148,22 @@ def _seeded(*key: int) -> Iterator[None]:
 
 
 def merge_views(views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Lays a batch of stacked views out split by split, as the split layers expect it.
+    """Lay a batch of stacked views out split by split, as the split layers expect it.
 
-    Row ``s * B + b`` of the result is view ``s`` of sample ``b``. Call it on the device, just
+    Row `s * B + b` of the result is view `s` of sample `b`. Call it on the device, just
     before the model: one copy of the views there, none where S or B is 1.
 
     Args:
-        views: ``[B, S, ...]``, as a loader over `SplitViews` yields it.
-        labels: ``[B, ...]``, one for each sample.
+        views: `[B, S, ...]`, as a loader over `SplitViews` yields it.
+        labels: `[B, ...]`, one for each sample.
 
     Returns:
-        The input ``[S * B, ...]`` and the labels, repeated for each split, ``[S * B, ...]``.
+        The input `[S * B, ...]` and the labels, repeated for each split, `[S * B, ...]`.
 
     Raises:
         ValueError: `views` has no dimension S, or `labels` does not hold B entries.
 
-    Examples:
+    Example:
         >>> views = torch.tensor([[1, -1], [2, -2]])
         >>> merge_views(views, torch.tensor([10, 20]))
         (tensor([ 1,  2, -1, -2]), tensor([10, 20, 10, 20]))

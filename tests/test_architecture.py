@@ -12,6 +12,7 @@ FLOORS = [
     {"__init__"},
     {"convert", "diagnostics"},
     {"layer"},
+    {"_state"},
     {"assignment", "functional"},
     {"_autograd"},
     {"_kernels"},

@@ -1,0 +1,263 @@
+import copy
+import os
+import pickle
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+from accelerate.utils import DataLoaderConfiguration, slice_tensors
+from ranks import run_ranks
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+
+from sync_splitbn.data import SplitViews, merge_views
+
+SPLITS = 3
+
+
+def pairs(size):
+    """Item i is the pair (image of value i, label i)."""
+    return [(torch.full((2,), float(i)), i) for i in range(size)]
+
+
+def shifted(split):
+    """The transform of one split: its views are told apart by their thousands."""
+    return lambda image: image + 1000 * split
+
+
+def views_of(size):
+    return SplitViews(pairs(size), [shifted(split) for split in range(SPLITS)])
+
+
+def assert_whole(views, labels):
+    """Every row is the view that its place promises, of the sample that its label names."""
+    merged, repeated = merge_views(views, labels)
+    batch = len(labels)
+    for split in range(SPLITS):
+        rows = slice(split * batch, (split + 1) * batch)
+        expected = (labels + 1000.0 * split)[:, None].expand(-1, 2)
+        torch.testing.assert_close(merged[rows], expected, rtol=0, atol=0)
+        assert repeated[rows].tolist() == labels.tolist()
+
+
+class Noisy(Dataset):
+    """Items, views and their labels all drawn at random, from each generator."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.rand(3), index + random.random()
+
+
+def noisy_view(image):
+    return image + random.random() + torch.randn(3)
+
+
+def noisy_views(seed=0):
+    return SplitViews(Noisy(), [noisy_view, noisy_view], seed=seed)
+
+
+def test_item_stacks_one_view_for_each_transform():
+    views, label = views_of(4)[2]
+    assert views.tolist() == [[2, 2], [1002, 1002], [2002, 2002]]
+    assert label == 2
+
+
+def test_negative_index_shows_the_same_views_as_the_positive_one():
+    views = noisy_views()
+    assert torch.equal(views[-1][0], views[len(views) - 1][0])
+    for index in (-13, 12):
+        with pytest.raises(IndexError, match=r"index must be in \[-12, 12\), got"):
+            views[index]
+
+
+def test_merge_views_orders_split_by_split():
+    assert_whole(*next(iter(DataLoader(views_of(8), batch_size=8))))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (0, 3)], ids=["one", "one-split", "empty"])
+def test_merge_views_copies_only_what_must_move(shape):
+    views, labels = torch.randn(*shape, 2), torch.arange(shape[0])
+    merged, repeated = merge_views(views, labels)
+    assert merged.shape == (shape[0] * shape[1], 2)
+    assert len(repeated) == len(merged)
+    assert merged.data_ptr() == views.data_ptr()
+
+
+def test_merge_views_keeps_the_shape_of_soft_labels():
+    merged, labels = merge_views(torch.randn(4, SPLITS, 1, 5, 5), torch.randn(4, 10))
+    assert merged.shape == (12, 1, 5, 5)
+    assert labels.shape == (12, 10)
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+@pytest.mark.parametrize("split_batches", [True, False], ids=["split", "whole"])
+def test_ranks_of_accelerate_get_whole_samples(split_batches, even):
+    # 11 samples in batches of 4: the last one is short, whoever it is dealt to.
+    seen = set()
+    for rank in range(2):
+        batches = BatchSampler(SequentialSampler(range(11)), 4, drop_last=False)
+        shard = BatchSamplerShard(batches, 2, rank, split_batches, even)
+        for views, labels in DataLoader(views_of(11), batch_sampler=shard):
+            assert_whole(views, labels)
+            seen |= set(labels.tolist())
+    assert seen == set(range(11))
+
+
+def dispatched(rank, world_size, split_batches):
+    """What accelerate's dispatching loader gives this rank."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    config = DataLoaderConfiguration(dispatch_batches=True, split_batches=split_batches)
+    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    assert accelerator.num_processes == world_size
+    loader = accelerator.prepare(DataLoader(views_of(11), batch_size=4))
+    assert isinstance(loader, DataLoaderDispatcher)
+    return list(loader)
+
+
+@pytest.mark.parametrize("split_batches", [True, False], ids=["split", "whole"])
+def test_dispatched_batches_of_accelerate_hold_whole_samples(split_batches, tmp_path):
+    seen = set()
+    for batches in run_ranks(dispatched, 2, tmp_path, split_batches):
+        for views, labels in batches:
+            assert_whole(views, labels)
+            seen |= set(labels.tolist())
+    assert seen == set(range(11))
+
+
+def test_views_concatenated_by_the_collation_are_cut_through():
+    # Why the views are stacked: the same rows of this layout are no whole samples.
+    views, labels = next(iter(DataLoader(views_of(8), batch_size=8)))
+    merged, repeated = merge_views(views, labels)
+    half = slice_tensors((merged, repeated), slice(0, 12))
+    with pytest.raises(AssertionError):
+        assert_whole(half[0].unflatten(0, (SPLITS, 4)).transpose(0, 1), half[1][:4])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seeded_views_depend_on_epoch_and_index_alone(workers):
+    expected = {}
+    for epoch in (0, 1):
+        reference = noisy_views()
+        reference.set_epoch(epoch)
+        expected[epoch] = torch.stack([reference[i][0] for i in reversed(range(12))]).flip(0)
+    assert not torch.equal(expected[0], expected[1])
+    dataset = noisy_views()
+    loader = DataLoader(dataset, batch_size=5, num_workers=workers, persistent_workers=workers > 0)
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        assert torch.equal(torch.cat([views for views, _ in loader]), expected[epoch])
+
+
+def test_seeds_and_indices_draw_different_views():
+    first, other = noisy_views(0), noisy_views(1)
+    assert not torch.equal(first[3][0], other[3][0])
+    assert not torch.equal(first[3][0], first[4][0])
+    assert first[3][1] == noisy_views(0)[3][1]
+
+
+def test_seeded_views_put_every_generator_back():
+    numpy = pytest.importorskip("numpy")
+
+    def draw():
+        return random.random(), torch.rand(1).item(), numpy.random.rand()
+
+    def seed():
+        random.seed(5)
+        torch.manual_seed(5)
+        numpy.random.seed(5)
+
+    seed()
+    expected = draw()
+    seed()
+    noisy_views()[0]
+    assert draw() == expected
+
+
+def test_seeded_views_decide_what_numpy_draws():
+    numpy = pytest.importorskip("numpy")
+
+    def view(image):
+        return image + float(numpy.random.rand())
+
+    views = SplitViews(pairs(2), [view], seed=0)
+    assert torch.equal(views[0][0], views[0][0])
+
+
+def test_unseeded_views_follow_the_global_generators():
+    torch.manual_seed(0)
+    random.seed(0)
+    views = noisy_views(seed=None)
+    first = views[0][0]
+    assert not torch.equal(first, views[0][0])
+    torch.manual_seed(0)
+    random.seed(0)
+    assert torch.equal(first, views[0][0])
+
+
+def test_views_survive_copy_and_pickle_with_their_epoch():
+    views = noisy_views()
+    views.set_epoch(3)
+    for other in (copy.deepcopy(views), pickle.loads(pickle.dumps(views))):
+        assert torch.equal(views[1][0], other[1][0])
+
+
+class Stream(IterableDataset):
+    """Has everything a map-style dataset has, and is none."""
+
+    def __getitem__(self, index):
+        raise AssertionError
+
+    def __iter__(self):
+        raise AssertionError
+
+    def __len__(self):
+        return 1
+
+
+@pytest.mark.parametrize("dataset", [Stream(), iter([])], ids=["iterable", "iterator"])
+def test_dataset_that_is_not_map_style_is_refused(dataset):
+    with pytest.raises(TypeError, match=r"dataset must be map-style, .*, got (Stream|list_iter)"):
+        SplitViews(dataset, [noisy_view])
+
+
+def test_missing_transforms_are_refused():
+    with pytest.raises(ValueError, match="transforms must hold one function for each split, got"):
+        SplitViews(pairs(1), [])
+
+
+@pytest.mark.parametrize(
+    ("item", "got"),
+    [({"image": 1, "label": 2}, "dict"), ((1, 2, 3), "tuple of length 3"), (torch.ones(2), "Tens")],
+    ids=["dict", "triple", "tensor"],
+)
+def test_item_that_is_no_pair_is_refused(item, got):
+    views = SplitViews([item], [noisy_view])
+    with pytest.raises(TypeError, match=rf"dataset\[0\] must be an .* pair, got {got}"):
+        views[0]
+
+
+def test_view_that_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"transforms\[1\] must return a tensor, got list"):
+        SplitViews(pairs(1), [shifted(0), torch.Tensor.tolist])[0]
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], torch.Tensor.long], ids=["shape", "dtype"])
+def test_views_that_differ_in_shape_or_dtype_are_refused(change):
+    with pytest.raises(ValueError, match=r"transforms\[1\] must return shape \(2,\)"):
+        SplitViews(pairs(1), [shifted(0), change])[0]
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 0, 2)], ids=["no-splits", "zero-splits"])
+def test_views_without_splits_are_refused(shape):
+    with pytest.raises(ValueError, match=r"views must have shape \[B, S, ...\] with S >= 1, got"):
+        merge_views(torch.ones(shape), torch.arange(8))
+
+
+@pytest.mark.parametrize("labels", [torch.arange(24), torch.tensor(1)], ids=["repeated", "scalar"])
+def test_labels_that_are_not_one_a_sample_are_refused(labels):
+    with pytest.raises(ValueError, match="labels must hold one entry for each of the 8 samples"):
+        merge_views(torch.ones(8, 3, 2), labels)
