@@ -65,7 +65,7 @@ def test_single_features_far_from_the_origin_are_exact():
 
 def test_variance_of_a_constant_far_from_the_origin_is_not_negative():
     """Rounding makes Σx²/n − mean² negative here and there; its root would be NaN."""
-    x = torch.linspace(1e3, 1e5, 512).expand(7, -1)
+    x = torch.linspace(1e3, 1e5, 512, dtype=torch.float64).expand(7, -1)
     output, moments = sync_split_batch_norm(x, 1, eps=1e-30)
     assert moments.var.min() >= 0
     assert output.isfinite().all()
