@@ -28,7 +28,9 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return y, like x, and the global moments, [S, 2C + 1]."""
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
-        index = splits if isinstance(splits, Tensor) else None
+        # Sizes are saved as a shape: activation checkpointing compares shapes, and so refuses a
+        # second forward that was assigned other rows than the first.
+        index = splits if isinstance(splits, Tensor) else x.new_empty((0, *splits))
         ctx.save_for_backward(x, weight, packed, index)
         ctx.sizes = None if isinstance(splits, Tensor) else splits
         ctx.eps, ctx.group, ctx.kernels = eps, group, kernels

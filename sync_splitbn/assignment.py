@@ -1,25 +1,35 @@
 """What the caller says about the rows of a batch, and which layers hear it."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One way to tell the splits of a batch apart; one of the three is set."""
+    """One way to tell the splits of a batch apart: sizes with their ends, only, or index."""
 
     sizes: tuple[int, ...] | None = None
+    ends: Tensor | None = None
     only: int | None = None
     index: Tensor | None = None
 
-    def rows(self, num_rows: int, num_splits: int) -> tuple[tuple[int, ...] | None, Tensor | None]:
-        """Return the `sizes` and `index` that describe a batch of `num_rows`."""
+    def rows(self, input: Tensor, num_splits: int) -> tuple[tuple[int, ...] | None, Tensor | None]:
+        """Return the `sizes` or the `index` that describe the rows of `input`."""
         if self.only is not None:
-            return tuple(num_rows * (i == self.only) for i in range(num_splits)), None
+            return tuple(input.shape[0] * (i == self.only) for i in range(num_splits)), None
+        if self.ends is not None and torch.compiler.is_compiling():
+            # A compiled graph would hold the sizes as constants, and be another for each.
+            torch._assert_async(
+                self.ends[-1] == input.shape[0], "sizes must sum to input.shape[0], got another sum"
+            )
+            rows = torch.arange(input.shape[0], device=input.device)
+            return None, torch.bucketize(rows, self.ends, right=True)
         return self.sizes, self.index
 
 
@@ -70,7 +80,7 @@ def assign_splits(
         ...     output = model(torch.randn(1, 3, 16, 16))
     """
     layers = _layers(model, "assign_splits")
-    assignment = _assignment(sizes, only, index)
+    assignment = _assignment(sizes, only, index, layers[0])
     for layer in layers:
         _check_fit(assignment, layer.num_splits)
     with _set_on(layers, "_assignment", assignment):
@@ -102,7 +112,9 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _assignment(sizes: Sequence[int] | None, only: int | None, index: Tensor | None) -> Assignment:
+def _assignment(
+    sizes: Sequence[int] | None, only: int | None, index: Tensor | None, layer: nn.Module
+) -> Assignment:
     """Return the one that is given, or raise."""
     choices = {"sizes": sizes, "only": only, "index": index}
     given = [name for name, value in choices.items() if value is not None]
@@ -115,7 +127,18 @@ def _assignment(sizes: Sequence[int] | None, only: int | None, index: Tensor | N
             f"index must be an integer tensor of shape [N], got {type(index).__name__}; "
             "wrap it in torch.tensor"
         )
-    return Assignment(None if sizes is None else tuple(int(size) for size in sizes), only, index)
+    if sizes is None:
+        return Assignment(only=only, index=index)
+    sizes = tuple(int(size) for size in sizes)
+    return Assignment(sizes, _ends(sizes, layer))
+
+
+def _ends(sizes: tuple[int, ...], layer: nn.Module) -> Tensor:
+    """Return the row behind each sub-batch, on the device of `layer`, without waiting for it."""
+    state = next(itertools.chain(layer.parameters(), layer.buffers()), None)
+    device = torch.device("cpu") if state is None else state.device
+    ends = torch.tensor(tuple(itertools.accumulate(sizes)), pin_memory=device.type == "cuda")
+    return ends.to(device, non_blocking=True)
 
 
 def _check_fit(assignment: Assignment, num_splits: int) -> None:

@@ -52,7 +52,8 @@ def convert_sync_split_batchnorm(
             `forward` of its own, a lazy or a parametrized one. The message names it, and nothing
             has been converted then.
         ValueError: a split layer in it has another `num_splits` or `share_affine`.
-        RuntimeError: the model is wrapped by DataParallel, DDP or FSDP already.
+        RuntimeError: the model is wrapped by DataParallel, DDP or FSDP, or prepared by
+            accelerate, already.
 
     Warns:
         UserWarning: `module` has no batch norm.
@@ -146,10 +147,11 @@ def _batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     norms: dict[str, _BatchNorm] = {}
     inner: set[nn.Module] = set()
     for path, part in module.named_modules():
-        if isinstance(part, wrappers):
+        if isinstance(part, wrappers) or getattr(part, "_is_accelerate_prepared", False):
             raise RuntimeError(
-                f"{_named(path)} must not be wrapped yet, got {type(part).__name__}; "
-                "convert first, then make the optimizer, then wrap (accelerator.prepare)"
+                f"{_named(path)} must not be wrapped or prepared yet, got "
+                f"{type(part).__name__}; convert first, then make the optimizer, then wrap "
+                "(accelerator.prepare)"
             )
         if isinstance(part, _BatchNorm) and part not in inner:
             norms[path] = part
@@ -167,6 +169,11 @@ def _check_convertible(path: str, norm: _BatchNorm, num_splits: int, share_affin
                 f"{share_affine} as asked, got a {type(norm).__name__} with "
                 f"num_splits={norm.num_splits} and share_affine={shared}; revert it first"
             )
+    if isinstance(norm, nn.SyncBatchNorm) and "aux_bn" in norm._modules:
+        raise TypeError(
+            f"{_named(path)} must not have been converted by nn.SyncBatchNorm before, got the "
+            "remains of a split layer; build the model anew, and convert it here alone"
+        )
     if isinstance(norm, LazyModuleMixin) and norm.has_uninitialized_params():
         raise TypeError(
             f"{_named(path)} must know its number of features, got an uninitialized "

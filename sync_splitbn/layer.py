@@ -3,6 +3,8 @@
 S splits, C features, N rows.
 """
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -92,7 +94,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         assignment = self._assignment
         sizes, index = None, None
         if assignment is not None:
-            sizes, index = assignment.rows(input.shape[0], self.num_splits)
+            sizes, index = assignment.rows(input, self.num_splits)
         elif not self.training:
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         output, moments = sync_split_batch_norm(
@@ -133,7 +135,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         assignment = self._assignment
         if assignment is None or assignment.only is not None:
             return self._evaluate_one(input, 0 if assignment is None else assignment.only or 0)
-        sizes, index = assignment.rows(input.shape[0], self.num_splits)
+        sizes, index = assignment.rows(input, self.num_splits)
         mean = torch.stack([stats.running_mean for stats in self._splits()])
         var = torch.stack([stats.running_var for stats in self._splits()])
         return normalize_rows(
@@ -160,6 +162,17 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             bias if bias is None else bias.to(dtype),
             eps=self.eps,
         )
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children, unless to a stock converter, which would lose the splits."""
+        # nn.SyncBatchNorm's and timm's ask every batch norm for its children, after they made
+        # another layer of it; no error would follow before training, and often none at all.
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise RuntimeError(
+                "SyncSplitBatchNorm must not be converted by convert_sync_batchnorm, which drops "
+                "its splits; it is synchronized already, so leave that call out"
+            )
+        return super().named_children()
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(

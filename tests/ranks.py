@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GROUP_SECONDS = 20
-DEADLINE_SECONDS = 40
+SECONDS = 40
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pytest"])
@@ -33,7 +32,13 @@ class RankError(Exception):
     """What a rank raised, with its traceback."""
 
 
-def run_ranks(body: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any) -> list[Any]:
+def run_ranks(
+    body: Callable[..., Any],
+    world_size: int,
+    tmp_path: Path,
+    *args: Any,
+    seconds: float = SECONDS,
+) -> list[Any]:
     """Return `body(rank, world_size, *args)` of every rank; `body` stands at module level."""
     store = tmp_path / f"store-{time.monotonic_ns()}"
     pipes: dict[Connection, int] = {}
@@ -42,19 +47,19 @@ def run_ranks(body: Callable[..., Any], world_size: int, tmp_path: Path, *args: 
     try:
         for rank in range(world_size):
             here, there = _context.Pipe()
-            call = (there, body, rank, world_size, str(store), args)
+            call = (there, body, rank, world_size, str(store), seconds / 2, args)
             process = _context.Process(target=_rank, args=call, daemon=True)
             process.start()
             there.close()
             pipes[here] = rank
             processes.append(process)
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + seconds
         while len(answers) < world_size:
             waiting = [pipe for pipe, rank in pipes.items() if rank not in answers]
             ready = wait(waiting, max(0, deadline - time.monotonic()))
             if not ready:
                 late = sorted(set(range(world_size)) - answers.keys())
-                raise RankError(f"ranks {late} gave no answer in {DEADLINE_SECONDS} s")
+                raise RankError(f"ranks {late} gave no answer in {seconds} s")
             for pipe in ready:
                 answers[pipes[pipe]] = _answer(pipe, pipes[pipe])
     finally:
@@ -83,16 +88,24 @@ def _rank(
     rank: int,
     world_size: int,
     store: str,
+    group_seconds: float,
     args: tuple[Any, ...],
 ) -> None:
     try:
         torch.set_num_threads(1)
+        # What torchrun tells a rank; accelerate looks for it.
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+        )
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=GROUP_SECONDS),
+            timeout=datetime.timedelta(seconds=group_seconds),
         )
         answer = None, body(rank, world_size, *args)
     except BaseException:

@@ -270,15 +270,15 @@ def test_revert_needs_a_split_and_a_class_to_return_to():
 def wrapped(rank, world_size):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     ddp = nn.parallel.DistributedDataParallel(model)
-    with pytest.raises(RuntimeError, match="must not be wrapped yet, got DistributedDataParallel"):
+    with pytest.raises(RuntimeError, match="or prepared yet, got DistributedDataPara"):
         convert_sync_split_batchnorm(ddp)
-    with pytest.raises(RuntimeError, match="module 'inner' must not be wrapped yet"):
+    with pytest.raises(RuntimeError, match="module 'inner' must not be wrapped"):
         convert_sync_split_batchnorm(nn.ModuleDict({"inner": ddp}))
     from torch.distributed.fsdp import fully_shard
 
     sharded = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     fully_shard(sharded)
-    with pytest.raises(RuntimeError, match="must not be wrapped yet, got FSDPSequential"):
+    with pytest.raises(RuntimeError, match="or prepared yet, got FSDPSequential"):
         convert_sync_split_batchnorm(sharded)
 
 
@@ -290,7 +290,7 @@ def test_data_parallel_is_refused():
     layer = SyncSplitBatchNorm(4)
     with pytest.raises(RuntimeError, match=r"one process per device, got nn\.DataParallel"):
         layer._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="must not be wrapped yet, got DataParallel"):
+    with pytest.raises(RuntimeError, match="must not be wrapped or prepared yet, got DataParallel"):
         convert_sync_split_batchnorm(nn.DataParallel(nn.BatchNorm1d(3)))
 
 
