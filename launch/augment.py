@@ -11,17 +11,19 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
 Fill = int | tuple[int, ...]
+Operation = Callable[[Image.Image, Any, Fill], Image.Image]
 
 
 def _either_sign(value: float) -> float:
     return -value if random.random() > 0.5 else value
 
 
-def _affine(matrix: Callable[[float, tuple[int, int]], tuple[float, ...]]) -> Callable:
+def _affine(matrix: Callable[[float, tuple[int, int]], tuple[float, ...]]) -> Operation:
     """Return the operation that maps output to input coordinates by `matrix(argument, size)`."""
 
     def apply(image: Image.Image, argument: float, fill: Fill) -> Image.Image:
@@ -53,12 +55,12 @@ def _solarize_add(image: Image.Image, amount: int, fill: Fill) -> Image.Image:
     return image.point(brightened * _bands(image))
 
 
-def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable:
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     return lambda image, factor, fill: kind(image).enhance(factor)
 
 
 # Name: what it does to (image, argument, fill).
-OPERATIONS: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
+OPERATIONS: dict[str, Operation] = {
     "AutoContrast": lambda image, _, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, _, fill: ImageOps.equalize(image),
     "Invert": lambda image, _, fill: ImageOps.invert(image),
@@ -140,7 +142,9 @@ class RandAugment:
         name, *parts = spec.split("-")
         matches = [re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part) for part in parts]
         try:
-            options = {match[1]: kinds[match[1]](match[2]) for match in matches if match}
+            options: dict[str, Any] = {
+                match[1]: kinds[match[1]](match[2]) for match in matches if match
+            }
             understood = name == "rand" and None not in matches and len(options) == len(parts)
         except (KeyError, ValueError):
             understood = False

@@ -66,11 +66,10 @@ class Checkpoints:
                 decision[0] = self._choose(resume)
             except ValueError as error:
                 decision[1] = str(error)
-        path, problem = broadcast_object_list(decision)
+        self.last, problem = broadcast_object_list(decision)
         if problem is not None:
             raise ValueError(problem)
-        self.last = path
-        return path
+        return self.last
 
     def _choose(self, resume: str | None) -> Path | None:
         """Do what `find` does, on one process."""
@@ -115,8 +114,6 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Write a checkpoint named after the number of steps done."""
         target = self.folder / f"step-{len(progress.losses):08d}"
-        if target == self.last:
-            return
         partial = target.with_name(target.name + _PARTIAL)
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)

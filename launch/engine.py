@@ -8,15 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sync_splitbn import split_divergence
@@ -45,8 +44,8 @@ class Task:
     optimizer: Optimizer
     scheduler: LambdaLR
     train_views: SplitViews
-    train_loader: DataLoader[Any]
-    test_loader: DataLoader[Any]
+    train_loader: DataLoaderShard
+    test_loader: DataLoaderShard
     split: bool
 
 
@@ -136,12 +135,14 @@ class Trainer:
     def _train_epoch(self, interruption: Interruption) -> bool:
         """Train to the end of the epoch or of the run; return whether to stop before that."""
         task, progress = self.task, self.progress
-        # accelerate sets the sampler's epoch but not the dataset's when there are several ranks.
-        task.train_loader.set_epoch(progress.epoch)
-        task.train_views.set_epoch(progress.epoch)
         batches = task.train_loader
+        batches.set_epoch(progress.epoch)
         if progress.step:
             batches = skip_first_batches(batches, progress.step)
+            # accelerate 1.10 starts this one at epoch 0.
+            batches.set_epoch(progress.epoch)
+        # accelerate sets the sampler's epoch but not the dataset's when there are several ranks.
+        task.train_views.set_epoch(progress.epoch)
         task.model.train()
         total, done = len(task.train_loader), progress.step
         bar = self.report.bar(progress.epoch, done, total)
@@ -171,7 +172,7 @@ class Trainer:
         task.optimizer.zero_grad()
         return loss.detach()
 
-    def _log(self, bar: tqdm[Any]) -> None:
+    def _log(self, bar: tqdm) -> None:
         """Average the pending losses over the ranks, and refuse to go on from a broken one."""
         losses = self.accelerator.reduce(torch.stack(self._pending).double(), "mean").tolist()
         for loss in losses:
@@ -225,6 +226,8 @@ class Trainer:
             hits = (logits.argmax(dim=1) == labels).float()
             gathered.append(self.accelerator.gather_for_metrics(torch.stack([losses, hits], dim=1)))
         seen = torch.cat(gathered)  # [test images, 2]
-        assert len(seen) == len(task.test_loader.dataset), "an image is missing or counted twice"
+        assert len(seen) == task.test_loader.total_dataset_length, (
+            "an image is missing or counted twice"
+        )
         loss, accuracy = seen.double().mean(dim=0).tolist()
         return loss, accuracy

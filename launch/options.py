@@ -23,8 +23,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             "synchronized."
         ),
         epilog=(
-            "Ctrl-C and SIGTERM end the run after the next look at the signals "
-            "(see --log-interval) with a checkpoint and exit code 75; --resume auto goes on."
+            "Ctrl-C and SIGTERM end the run within --log-interval steps, with a checkpoint and "
+            "exit code 75; --resume auto goes on. The launcher of several processes adds a "
+            "traceback of its own and makes the code 1."
         ),
         formatter_class=_Formatter,
     )
@@ -54,6 +55,7 @@ def _problem(options: argparse.Namespace) -> str | None:
     for name, low, high in (
         ("reprob", 0, 1),
         ("smoothing", 0, 1),
+        ("seed", 0, 2**32 - 1),
         ("epochs", 1, float("inf")),
         ("batch_size", 1, float("inf")),
         ("log_interval", 1, float("inf")),
@@ -72,7 +74,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 

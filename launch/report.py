@@ -62,7 +62,7 @@ class Report:
         for row in progress.rows:
             self.print(_line(row))
 
-    def bar(self, epoch: int, step: int, total: int) -> tqdm[Any]:
+    def bar(self, epoch: int, step: int, total: int) -> tqdm:
         """Return a bar for one epoch, shown on a terminal and nowhere else."""
         hidden = None if self.main else True
         return tqdm(
@@ -118,9 +118,10 @@ class Report:
 
     def _caption(self) -> str:
         options = self.results["arguments"]
-        norms = "split and synchronized" if options["split_bn"] else "plain"
+        views = f"{options['aug_splits']} views" if options["aug_splits"] else "1 view"
+        norms = "split, synchronized" if options["split_bn"] else "plain"
         return (
-            f"{max(1, options['aug_splits'])} view(s), {norms} batch norms, "
+            f"{views} of each image, {norms} batch norms, "
             f"{self.results['ranks']} x {self.results['device']}: "
             f"test accuracy {self.results['test_accuracy']:.2%}"
         )

@@ -5,7 +5,6 @@ norms of its own, whose statistics cover that part on all ranks.
 """
 
 import argparse
-import copy
 import functools
 import sys
 from pathlib import Path
@@ -55,15 +54,12 @@ def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
     world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
     checkpoint = checkpoints.find(options.resume)
-    report = Report(
-        options.output,
-        main=accelerator.is_main_process,
-        header={
-            "arguments": {name: _plain(value) for name, value in vars(options).items()},
-            "device": accelerator.device.type,
-            **world,
-        },
-    )
+    header = {
+        "arguments": {name: _plain(value) for name, value in vars(options).items()},
+        "device": accelerator.device.type,
+        **world,
+    }
+    report = Report(options.output, main=accelerator.is_main_process, header=header)
     task = _task(options, accelerator)
     trainer = Trainer(
         accelerator,
@@ -82,25 +78,26 @@ def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
         init_kwargs={"tensorboard": {"purge_step": len(trainer.progress.losses) + 1}},
     )
     with Interruption() as interruption:
+        origin = f", from {checkpoint}" if checkpoint else ""
         report.print(
-            f"{len(task.train_views)} images, {len(task.train_loader)} steps an epoch, on "
-            f"{accelerator.num_processes} x {accelerator.device.type}"
-            + (f", from {checkpoint}" if checkpoint else "")
+            f"{len(task.train_views)} images, {len(task.train_loader)} steps an epoch, "
+            f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
         finished = trainer.run(interruption)
     report.write("complete" if finished else "interrupted")
-    if not finished:
-        report.print(
-            f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
-            "repeat the command with --resume auto to go on"
-        )
-        return EXIT_INTERRUPTED
-    weights = options.output / "plain.safetensors"
-    if accelerator.is_main_process:
-        save_file(_plain_state(accelerator.unwrap_model(task.model), options.split_bn), weights)
-    report.draw()
-    report.print(_farewell(report.results, options.output, weights, checkpoints.last))
-    return 0
+    if finished:
+        weights = options.output / "plain.safetensors"
+        if accelerator.is_main_process:
+            splits = options.aug_splits if options.split_bn else 0
+            save_file(_plain_state(accelerator.unwrap_model(task.model), splits), weights)
+        report.draw()
+        report.print(_farewell(report.results, options.output, weights, checkpoints.last))
+        return 0
+    report.print(
+        f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
+        "repeat the command with --resume auto to go on"
+    )
+    return EXIT_INTERRUPTED
 
 
 def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
@@ -142,10 +139,11 @@ def _loaders(
 ) -> tuple[SplitViews, DataLoader[Any], DataLoader[Any]]:
     """Return the training views and, not yet prepared, the loaders."""
     train, test = mnist()
-    statistics = {"mean": [MNIST_MEAN], "std": [MNIST_STD]}
+    mean, std = [MNIST_MEAN], [MNIST_STD]
     transforms = split_transforms(
         max(1, options.aug_splits),
-        **statistics,
+        mean=mean,
+        std=std,
         aa=options.aa,
         reprob=options.reprob,
         resplit=options.resplit,
@@ -161,7 +159,7 @@ def _loaders(
     )
     # Generators of their own keep the loaders off torch's, whose state a checkpoint restores.
     train_loader = load(views, shuffle=True, drop_last=True, generator=torch.Generator())
-    test_loader = load(SplitViews(test, [View(**statistics)]), generator=torch.Generator())
+    test_loader = load(SplitViews(test, [View(mean, std)]), generator=torch.Generator())
     return views, train_loader, test_loader
 
 
@@ -179,10 +177,13 @@ def _loss(options: argparse.Namespace) -> Any:
     return loss
 
 
-def _plain_state(model: nn.Module, split: bool) -> dict[str, Tensor]:
+def _plain_state(model: nn.Module, splits: int) -> dict[str, Tensor]:
     """Return the weights of the same network with plain batch norms, those of split 0."""
-    if split:
-        model = revert_sync_split_batchnorm(copy.deepcopy(model))
+    if splits:
+        # A twin, because a model that accelerate has prepared is not to be changed any more.
+        twin = convert_sync_split_batchnorm(SmallResNet(), splits)
+        twin.load_state_dict(model.state_dict())
+        model = revert_sync_split_batchnorm(twin)
     return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
 
 

@@ -71,7 +71,7 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
         self.seed = seed
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch.share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw new views from here on; without a `seed` it changes nothing.
