@@ -36,7 +36,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     problem = _problem(options)
     if problem is not None:
         parser.error(problem)
+    if options.output is None:
+        options.output = _output(options.resume)
     return options
+
+
+def _output(resume: str | None) -> Path:
+    """Return the folder of the run that is resumed, or one without a run.
+
+    Every rank finds the same one: no checkpoint is written before all ranks have met.
+    """
+    if resume not in (None, "auto"):
+        return Path(resume).parent.parent
+    newest, number = None, 1
+    while any((folder := _numbered(number)).glob("checkpoints/step-????????")):
+        newest, number = folder, number + 1
+    return newest if resume == "auto" and newest else folder
+
+
+def _numbered(number: int) -> Path:
+    return Path("runs/train" if number == 1 else f"runs/train-{number}")
 
 
 def _problem(options: argparse.Namespace) -> str | None:
@@ -170,10 +189,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        default=Path("runs/train"),
         metavar="FOLDER",
         help="receives checkpoints, TensorBoard events, results.json, summary.png and the "
-        "weights for inference",
+        "weights for inference (default: runs/train, or runs/train-2 and so on where that holds "
+        "a run, or the run that is resumed)",
     )
     group.add_argument(
         "--resume",

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import _kernels
 from ._collectives import all_reduce_, all_reduce_copy, differentiable_all_reduce
-from ._kernels import Kernels
 from ._moments import Affine, Moments, Splits
 
 
@@ -24,40 +23,48 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         num_splits: int,
         eps: float,
         group: Any,
-        kernels: Kernels,
+        impl: str | None,
     ) -> tuple[Tensor, Tensor]:
         """Return y, like x, and the global moments, [S, 2C + 1]."""
+        kernels = _kernels.choose(impl, x)
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
         # Sizes are saved as a shape: activation checkpointing compares shapes, and so refuses a
         # second forward that was assigned other rows than the first.
         index = splits if isinstance(splits, Tensor) else x.new_empty((0, *splits))
         ctx.save_for_backward(x, weight, packed, index)
         ctx.sizes = None if isinstance(splits, Tensor) else splits
-        ctx.eps, ctx.group, ctx.kernels = eps, group, kernels
+        ctx.eps, ctx.group, ctx.impl = eps, group, impl
         ctx.mark_non_differentiable(packed)
-        return kernels.normalize(x, splits, packed, Affine(weight, bias, eps)), packed
+        moments = Moments(packed)
+        return kernels.normalize(x, splits, moments, Affine(weight, bias, eps)), packed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, summed over ranks, and of weight and bias, local for DDP."""
         dy = grads[0]
         x, weight, packed, index = ctx.saved_tensors
-        splits, kernels = ctx.sizes or index, ctx.kernels
+        splits, kernels = ctx.sizes or index, _kernels.choose(ctx.impl, x)
         total = all_reduce_copy
         if torch.is_grad_enabled():
+            if ctx.impl not in (None, "aten"):
+                raise RuntimeError(
+                    f"impl={ctx.impl!r} must not be differentiated twice, got create_graph=True; "
+                    "pass impl=None or impl='aten'"
+                )
             # Under create_graph the saved moments would pass for constants: have them, and all
             # that follows, as functions of x.
-            kernels, total = _kernels.choose("aten"), differentiable_all_reduce
+            kernels, total = _kernels.choose("aten", x), differentiable_all_reduce
             packed = total(kernels.moments(x, splits, packed.shape[0]), ctx.group)
-        local = kernels.grad_sums(dy, x, splits, packed)
+        moments = Moments(packed)
+        local = kernels.grad_sums(dy, x, splits, moments)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             sums = total(local, ctx.group)
             affine = Affine(weight, None, ctx.eps)
-            dx = kernels.grad_input(dy, x, splits, packed, affine, sums)
+            dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
         sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
         if ctx.needs_input_grad[1]:
-            invstd = Moments.unpack(packed).invstd(ctx.eps)
+            invstd = moments.invstd(ctx.eps)
             dweight = (sum_dy_xmu * invstd).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = sum_dy

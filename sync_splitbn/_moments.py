@@ -27,52 +27,49 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of squares of each split and channel, in float64.
+    """Count, sum and sum of squares of each split and channel, and the statistics they make.
 
-    Sums over ranks are sums of moments, which is why these travel and means do not.
+    Sums over ranks are sums of moments, which is why these travel and means do not. What follows
+    from them is computed when it is asked for, once.
 
     Attributes:
-        count: elements per channel, shape [S].
-        total: sum of the values, shape [S, C].
-        squares: sum of the squared values, shape [S, C].
+        packed: the tensor that travels, float64, shape [S, 2C + 1]: each row is
+            [sum of values | sum of squared values | count].
+        count: elements per channel of each split, float64, shape [S].
     """
 
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-
-    def pack(self) -> Tensor:
-        """Return the moments as the one tensor that travels, [S, 2C + 1]."""
-        return torch.cat([self.total, self.squares, self.count.unsqueeze(1)], dim=1)
-
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "Moments":
-        """Return the moments that `pack` packed."""
-        features = packed.shape[1] // 2
-        total, squares, count = packed.split([features, features, 1], dim=1)
-        return cls(count.squeeze(1), total, squares)
+    def __init__(self, packed: Tensor) -> None:
+        self.packed = packed
+        self.count = packed[:, -1]
+        self._per_element: tuple[Tensor, ...] | None = None
+        self._var: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
         """Mean, [S, C], input units; 0 where a split is empty."""
-        return self.total / self._divisor(0)
+        return self._means()[0]
 
     @property
     def var(self) -> Tensor:
         """Biased variance, [S, C], input units squared; 0 where a split is empty."""
-        return (self.squares / self._divisor(0) - self.mean.square()).clamp(min=0)
+        if self._var is None:
+            mean, square = self._means()
+            self._var = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
+        return self._var
 
     @property
     def unbiased_var(self) -> Tensor:
         """Unbiased variance, [S, C], input units squared; 0 where a split has one element."""
-        return self.var * self.count.unsqueeze(1) / self._divisor(1)
+        return self.var * (self.count / (self.count - 1).clamp(min=1)).unsqueeze(1)
 
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""
         return (self.var + eps).rsqrt()
 
-    def _divisor(self, correction: int) -> Tensor:
-        """Return the count less `correction`, at least 1, as a column."""
-        return (self.count - correction).clamp(min=1).unsqueeze(1)
+    def _means(self) -> tuple[Tensor, ...]:
+        """Means of the values and of their squares, [S, C] each."""
+        if self._per_element is None:
+            means = self.packed[:, :-1] / self.count.clamp(min=1).unsqueeze(1)
+            self._per_element = means.chunk(2, dim=1)
+        return self._per_element

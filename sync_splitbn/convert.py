@@ -66,7 +66,7 @@ def convert_sync_split_batchnorm(
     """
     check_num_splits(num_splits)
     check_group(process_group)
-    norms = _batch_norms(module)
+    norms = _batch_norms(module, converting=True)
     for path, norm in norms.items():
         _check_convertible(path, norm, num_splits, share_affine)
     memos: list[dict[int, Any]] = [{} for _ in range(num_splits - 1)]
@@ -111,7 +111,7 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
     """
     layers = {
         path: norm
-        for path, norm in _batch_norms(module).items()
+        for path, norm in _batch_norms(module, converting=False).items()
         if isinstance(norm, SyncSplitBatchNorm)
     }
     for path, layer in layers.items():
@@ -136,7 +136,7 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
     return module
 
 
-def _batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
+def _batch_norms(module: nn.Module, *, converting: bool) -> dict[str, _BatchNorm]:
     """Return the batch norms of a model by path, each once, without those inside another."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -147,11 +147,13 @@ def _batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     norms: dict[str, _BatchNorm] = {}
     inner: set[nn.Module] = set()
     for path, part in module.named_modules():
-        if isinstance(part, wrappers) or getattr(part, "_is_accelerate_prepared", False):
+        # accelerate's mark outlives the wrapper, which reverting does not mind.
+        prepared = converting and getattr(part, "_is_accelerate_prepared", False)
+        if isinstance(part, wrappers) or prepared:
             raise RuntimeError(
                 f"{_named(path)} must not be wrapped or prepared yet, got "
-                f"{type(part).__name__}; convert first, then make the optimizer, then wrap "
-                "(accelerator.prepare)"
+                f"{type(part).__name__}; convert first, then make the optimizer, then wrap, "
+                "and revert what unwrap_model gives back"
             )
         if isinstance(part, _BatchNorm) and part not in inner:
             norms[path] = part

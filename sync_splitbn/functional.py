@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
 from ._collectives import check_group, resolve_group
 from ._kernels import aten
@@ -41,7 +40,7 @@ def sync_split_batch_norm(
         eps: added to the variance, input units squared, positive.
         sync: False takes the statistics of this rank alone.
         process_group: the ranks to sum over; None is the default group.
-        impl: who computes: `"aten"`, or None to choose.
+        impl: who computes: `"aten"` anywhere, `"cpu"` on an eager CPU, or None to choose.
 
     Returns:
         The output, with the shape, type and memory format of `input`, and the moments over all
@@ -86,9 +85,9 @@ def sync_split_batch_norm(
         num_splits,
         eps,
         resolve_group(process_group) if sync else None,
-        _kernels.choose(impl),
+        impl,
     )
-    return output, Moments.unpack(packed)
+    return output, Moments(packed)
 
 
 def normalize_rows(

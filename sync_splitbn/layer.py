@@ -117,18 +117,20 @@ class SyncSplitBatchNorm(SplitState, Assignable):
     @torch.no_grad()
     def _update_running_stats(self, moments: Moments) -> None:
         """Move every split's running statistics, on the device, by the moments of all ranks."""
-        means, variances, counts = moments.mean, moments.unbiased_var, moments.count
-        for i, stats in enumerate(self._splits()):
-            stats.num_batches_tracked.add_(counts[i] > 0)
-            step: Any = self.momentum
-            if step is None:
-                step = 1 / stats.num_batches_tracked.clamp(min=1).double()
-            for running, batch, least in (
-                (stats.running_mean, means[i], 1),
-                (stats.running_var, variances[i], 2),
-            ):
-                moved = running + (batch - running) * step
-                running.copy_(torch.where(counts[i] >= least, moved, running))
+        splits = list(self._splits())
+        trackers = [stats.num_batches_tracked for stats in splits]
+        # A split without elements tells nothing, one with a single element no variance.
+        seen, several = moments.count > 0, moments.count > 1
+        torch._foreach_add_(trackers, list(seen.to(torch.int64)))
+        step: Any = self.momentum
+        if step is None:
+            tracked = torch.stack(trackers).clamp(min=1)
+            step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)
+        running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
+        before = torch.stack(running)
+        moved = before + (torch.cat([moments.mean, moments.unbiased_var]) - before) * step
+        kept = torch.where(torch.cat([seen, several]).unsqueeze(1), moved, before)
+        torch._foreach_copy_(running, list(kept))
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""

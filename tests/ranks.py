@@ -94,12 +94,9 @@ def _rank(
     try:
         torch.set_num_threads(1)
         # What torchrun tells a rank; accelerate looks for it.
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-        )
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        world |= {"LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
+        os.environ.update({name: str(value) for name, value in world.items()})
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",

@@ -305,14 +305,15 @@ def test_options_that_do_not_go_together_are_refused(arguments, message, capsys)
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_help_explains_every_option_with_its_default(capsys):
+def test_help_explains_every_option_with_its_default(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for option, value in vars(parse_arguments([])).items():
         assert f"--{option.replace('_', '-')}" in shown
         if value is not None and value is not False:
-            assert f"(default: {value})" in shown
+            assert f"(default: {value}" in shown
 
 
 def test_mnist_is_divided_alike_in_every_run_with_equal_shares():
@@ -490,3 +491,16 @@ def test_ranks_that_believe_they_are_alone_are_refused(tmp_path):
     assert code != 0
     assert "accelerate must see all 2 ranks, got 1" in output
     assert f"ACCELERATE_USE_CPU=true accelerate launch --config_file {CONFIG}" in output
+
+
+def test_run_without_an_output_finds_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments([]).output == Path("runs/train")
+    assert parse_arguments(["--resume", "auto"]).output == Path("runs/train")
+    for name in ("train", "train-2"):
+        (tmp_path / "runs" / name / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert parse_arguments([]).output == Path("runs/train-3")
+    assert parse_arguments(["--resume", "auto"]).output == Path("runs/train-2")
+    one = "runs/train/checkpoints/step-00000010"
+    assert parse_arguments(["--resume", one]).output == Path("runs/train")
+    assert parse_arguments(["--output", "elsewhere"]).output == Path("elsewhere")

@@ -19,6 +19,7 @@ from sync_splitbn import (
     assign_splits,
     convert_sync_split_batchnorm,
     frozen_stats,
+    revert_sync_split_batchnorm,
     sync_group,
 )
 
@@ -300,6 +301,15 @@ def test_conversion_after_prepare_is_refused(tmp_path):
     prepared = Accelerator(cpu=True).prepare(nn.Sequential(nn.BatchNorm1d(2)))
     with pytest.raises(RuntimeError, match=r"must not be wrapped or prepared yet, got Sequential"):
         convert_sync_split_batchnorm(prepared)
+    reset_accelerate()
+
+
+def test_prepared_model_is_reverted_after_training():
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm1d(2))))
+    plain = revert_sync_split_batchnorm(copy.deepcopy(accelerator.unwrap_model(prepared)), split=1)
+    assert type(plain[0]) is nn.BatchNorm1d
     reset_accelerate()
 
 

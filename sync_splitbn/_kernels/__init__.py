@@ -2,24 +2,25 @@
 
 Each kernel module defines these functions, with N rows, S splits, C features and `splits` as in
 `_moments`. `x`, `dy` and the results like them are [N, C, ...] in any floating type and layout.
-`packed` is float64 [S, 2C + 1], each row [sum of x | sum of x^2 | count]: local from `moments`,
-of all ranks elsewhere. `affine` holds weight and bias, [S, C] in the accumulation type (float32,
-or float64 for float64 input) or None, and eps:
+`moments` returns the local packed moments, float64 [S, 2C + 1], each row [sum of x | sum of x^2 |
+count]; the others take the `Moments` of all ranks. `affine` holds eps, and weight and bias, [S, C]
+in the accumulation type (float32, or float64 for float64 input) or None:
 
-    moments(x, splits, num_splits) -> local packed
-    normalize(x, splits, packed, affine) -> y, like x
-    grad_sums(dy, x, splits, packed) -> local [sum of dy | sum of dy * (x - mean)], [S, 2C]
-    grad_input(dy, x, splits, packed, affine, sums) -> dx, like x
+    moments(x, splits, num_splits) -> local packed moments
+    normalize(x, splits, moments, affine) -> y, like x
+    grad_sums(dy, x, splits, moments) -> local [sum of dy | sum of dy * (x - mean)], [S, 2C]
+    grad_input(dy, x, splits, moments, affine, sums) -> dx, like x
 
 `grad_sums` returns the accumulation type; `grad_input` takes its sum over all ranks.
 """
 
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
-from .._moments import Affine, Splits
-from . import aten
+from .._moments import Affine, Moments, Splits
+from . import aten, cpu
 
 
 class Kernels(Protocol):
@@ -27,17 +28,27 @@ class Kernels(Protocol):
 
     def moments(self, x: Tensor, splits: Splits, num_splits: int) -> Tensor: ...
 
-    def normalize(self, x: Tensor, splits: Splits, packed: Tensor, affine: Affine) -> Tensor: ...
+    def normalize(self, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor: ...
 
-    def grad_sums(self, dy: Tensor, x: Tensor, splits: Splits, packed: Tensor) -> Tensor: ...
+    def grad_sums(self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments) -> Tensor: ...
 
     def grad_input(
-        self, dy: Tensor, x: Tensor, splits: Splits, packed: Tensor, affine: Affine, sums: Tensor
+        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
     ) -> Tensor: ...
 
 
-def choose(impl: str | None) -> Kernels:
+def choose(impl: str | None, x: Tensor) -> Kernels:
     """Return the kernels named `impl`, or those that suit for None; a name never falls back."""
-    if impl in (None, "aten"):
+    if impl is None:
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        impl = "cpu" if eager_cpu else "aten"
+    if impl == "aten":
         return cast(Kernels, aten)
-    raise ValueError(f"impl must be one of 'aten' or None, got {impl!r}")
+    if impl == "cpu":
+        if x.device.type != "cpu":
+            raise RuntimeError(
+                f"impl='cpu' must be given a CPU tensor, got device {x.device}; "
+                "pass impl=None to choose by device"
+            )
+        return cast(Kernels, cpu)
+    raise ValueError(f"impl must be one of 'aten', 'cpu' or None, got {impl!r}")

@@ -23,17 +23,14 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     rest = centred.sum(2).double()
     squares = centred.square().sum(2).double()
     shift = shift.squeeze(2).double()  # [N, C]
-    by_row = Moments(
-        count=shift.new_full((x.shape[0],), length),
-        total=shift * length + rest,
-        squares=squares + shift * (2 * rest + shift * length),
-    )
-    return _sum_by_split(by_row.pack(), splits, num_splits)
+    around = shift * length
+    count = shift.new_full((x.shape[0], 1), length)
+    by_row = torch.cat([around + rest, squares + shift * (2 * rest + around), count], dim=1)
+    return _sum_by_split(by_row, splits, num_splits)
 
 
-def normalize(x: Tensor, splits: Splits, packed: Tensor, affine: Affine) -> Tensor:
+def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
-    moments = Moments.unpack(packed)
     return normalize_by(x, splits, moments.mean, moments.var, affine)
 
 
@@ -49,10 +46,10 @@ def normalize_by(x: Tensor, splits: Splits, mean: Tensor, var: Tensor, affine: A
     return torch.addcmul(shift, x.to(dtype) - high, scale).to(x.dtype)
 
 
-def grad_sums(dy: Tensor, x: Tensor, splits: Splits, packed: Tensor) -> Tensor:
+def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
     dtype = accumulation_dtype(x.dtype)
-    mean = Moments.unpack(packed).mean
+    mean = moments.mean
     high = mean.to(dtype)
     dims = tuple(range(2, x.dim()))
     centred = x.to(dtype) - _by_row(x, splits, high)[0]
@@ -66,11 +63,10 @@ def grad_sums(dy: Tensor, x: Tensor, splits: Splits, packed: Tensor) -> Tensor:
 
 
 def grad_input(
-    dy: Tensor, x: Tensor, splits: Splits, packed: Tensor, affine: Affine, sums: Tensor
+    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
     dtype = accumulation_dtype(x.dtype)
-    moments = Moments.unpack(packed)
     mean, scale = moments.mean, _scale(moments.var, affine)
     per_element = sums.double() / moments.count.clamp(min=1).unsqueeze(1)
     mean_dy, mean_dy_xmu = per_element.chunk(2, dim=1)

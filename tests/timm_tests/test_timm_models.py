@@ -148,6 +148,19 @@ def test_frozen_timm_norms_are_left_alone():
     assert [type(m) for m in model.modules()] == before
 
 
+def test_timm_ema_follows_every_split():
+    model = convert_sync_split_batchnorm(model_of("resnet18"), SPLITS)
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value += 1
+    average.update(model)
+    for key, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, before[key] + 0.5)
+
+
 def ddp_step(rank, world_size):
     model = model_of("efficientnet_b0").double()
     whole = convert_sync_split_batchnorm(copy.deepcopy(model), 2)

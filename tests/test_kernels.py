@@ -1,0 +1,169 @@
+"""Each kernel module computes the four formulas of the design, whatever the layout and the type."""
+
+import pytest
+import torch
+
+from sync_splitbn import SyncSplitBatchNorm, sync_split_batch_norm
+from sync_splitbn._kernels import aten, cpu
+from sync_splitbn._moments import Affine, Moments
+
+SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
+SPLITS = {
+    "equal": (4, 4, 4),
+    "uneven": (1, 8, 3),
+    "one empty": (5, 0, 7),
+    "index": torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 1, 1]),
+}
+# Of the largest value: rounding of the type, some times over.
+CLOSE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}
+
+
+def definition(x, dy, ids, weight, bias, eps):
+    """All that the kernels return, split by split, in float64."""
+    x, dy = x.double(), dy.double()
+    packed, sums = [], []
+    y, dx = torch.zeros_like(x), torch.zeros_like(x)
+    column = (1, -1, *(1 for _ in x.shape[2:]))
+    for s in range(3):
+        mine = ids == s
+        rows, upstream = (t[mine].transpose(0, 1).flatten(1) for t in (x, dy))  # [C, n]
+        n = rows.shape[1]
+        packed.append(torch.cat([rows.sum(1), rows.square().sum(1), torch.tensor([float(n)])]))
+        mean = rows.mean(1) if n else torch.zeros(len(rows))
+        var = rows.var(1, correction=0) if n else torch.zeros(len(rows))
+        centred = rows - mean.unsqueeze(1)
+        sum_dy, sum_dy_xmu = upstream.sum(1), (upstream * centred).sum(1)
+        sums.append(torch.cat([sum_dy, sum_dy_xmu]))
+        mean, var, w, b = (t.view(column) for t in (mean, var, weight[s], bias[s]))
+        y[mine] = (x[mine] - mean) / (var + eps).sqrt() * w + b
+        slope = (sum_dy_xmu / max(n, 1)).view(column) / (var + eps)
+        inner = dy[mine] - (sum_dy / max(n, 1)).view(column) - (x[mine] - mean) * slope
+        dx[mine] = inner * w / (var + eps).sqrt()
+    return torch.stack(packed), y, torch.stack(sums), dx
+
+
+def assert_near(value, truth, dtype, size=1e-3):
+    """Compare within the rounding of the largest value, or of the `size` of what cancelled."""
+    if truth.numel():
+        worst = (value.double() - truth).abs().max() / truth.abs().max().clamp(min=size)
+        assert worst < CLOSE[dtype], worst.item()
+
+
+def check(kernels, x, dy, splits, dtype):
+    torch.manual_seed(1)
+    ids = (
+        splits
+        if isinstance(splits, torch.Tensor)
+        else torch.arange(3).repeat_interleave(torch.tensor(splits))
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = (torch.rand(3, x.shape[1], dtype=wide) + 0.5 for _ in range(2))
+    packed, y, sums, dx = definition(x, dy, ids, weight.double(), bias.double(), 1e-5)
+    moments = kernels.moments(x, splits, 3)
+    assert moments.dtype == torch.float64
+    torch.testing.assert_close(moments, packed, rtol=1e-6, atol=1e-6 * packed.abs().max().item())
+    torch.testing.assert_close(Moments(moments).var, Moments(packed).var, rtol=1e-6, atol=1e-9)
+    affine, of_all = Affine(weight, bias, 1e-5), Moments(packed)
+    # In a split of one element dy cancels against its own mean, times this.
+    scale = (weight / (of_all.var + 1e-5).sqrt()).max().item()
+    results = {
+        "y": (kernels.normalize(x, splits, of_all, affine), y),
+        "dx": (kernels.grad_input(dy, x, splits, of_all, affine, sums.to(wide)), dx),
+    }
+    for name, (value, truth) in results.items():
+        assert value.dtype == dtype, name
+        assert value.shape == x.shape, name
+        assert_near(value, truth, dtype, size=scale if name == "dx" else 1)
+    local = kernels.grad_sums(dy, x, splits, of_all)
+    assert local.dtype == wide
+    assert_near(local, sums, wide)
+    bare = kernels.normalize(x, splits, of_all, Affine(None, None, 1e-5))
+    shape = (*weight[ids].shape, *(1 for _ in x.shape[2:]))
+    weight, bias = (value.double()[ids].view(shape) for value in (weight, bias))
+    assert_near(bare, (y - bias) / weight, dtype)
+
+
+@pytest.fixture(params=["whole", "blocks"])
+def blocks(request, monkeypatch):
+    """Also cut small tensors into many blocks."""
+    if request.param == "blocks":
+        monkeypatch.setattr(cpu, "BLOCK", 16)
+        monkeypatch.setattr(cpu, "POSITIONS", 3)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+def test_kernels_compute_their_definition(kernels, shape, splits, dtype, blocks):
+    torch.manual_seed(0)
+    for last in (False, True):
+        x, dy = (torch.randn(shape) * 2 + 1).to(dtype), torch.randn(shape).to(dtype)
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        check(kernels, x, dy, SPLITS[splits], dtype)
+        check(kernels, x, dy.movedim(1, -1).contiguous().movedim(-1, 1), SPLITS[splits], dtype)
+
+
+@pytest.mark.parametrize("far", [63, 100, 1e4])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
+    torch.manual_seed(0)
+    x, dy = torch.randn(12, 6, 5, 7) + far, torch.randn(12, 6, 5, 7)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for splits in SPLITS.values():
+        check(kernels, x, dy, splits, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0)], ids=str)
+@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+def test_kernels_take_empty_tensors(kernels, shape):
+    x = torch.zeros(shape)
+    n = shape[0] // 3
+    for splits in ((n, n, n), torch.arange(shape[0]) % 3):
+        moments = kernels.moments(x, splits, 3)
+        assert moments.equal(torch.zeros(3, 7, dtype=torch.float64))
+        sums = kernels.grad_sums(x, x, splits, Moments(moments))
+        assert sums.equal(torch.zeros(3, 6))
+        affine = Affine(None, None, 1e-5)
+        assert kernels.normalize(x, splits, Moments(moments), affine).shape == shape
+        assert kernels.grad_input(x, x, splits, Moments(moments), affine, sums).shape == shape
+
+
+@pytest.mark.parametrize("impl", ["aten", "cpu"])
+def test_named_kernels_serve_the_operation(impl):
+    torch.manual_seed(0)
+    x, dy = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    results = []
+    for name in (impl, "aten"):
+        leaf = x.clone().requires_grad_()
+        y, moments = sync_split_batch_norm(leaf, 3, impl=name)
+        y.backward(dy)
+        results.append((y, leaf.grad, moments.mean))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_kernels_refuse_other_devices():
+    with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor, got"):
+        sync_split_batch_norm(torch.zeros(4, 3, device="meta"), 2, impl="cpu")
+
+
+def test_second_derivative_through_named_kernels_is_refused():
+    x = torch.randn(4, 3, requires_grad=True)
+    y, _ = sync_split_batch_norm(x, 2, impl="cpu")
+    with pytest.raises(RuntimeError, match="impl='cpu' must not be differentiated twice"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+def test_layer_chooses_kernels_by_device_and_compile_state():
+    x = torch.randn(4, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(SyncSplitBatchNorm(3)(x).square().sum(), x, create_graph=True)
+    torch.autograd.grad(dx.square().sum(), x)
