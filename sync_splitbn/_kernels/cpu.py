@@ -50,7 +50,8 @@ class _Layout:
         """Yield which splits a part holds, and its blocks: a piece of each tensor."""
         rows = [size * self.length for size in self.sizes] if self.last else list(self.sizes)
         if self.small:
-            yield slice(None), [[flat.unflatten(0, (len(rows), rows[0])) for flat in flats]]
+            inner = flats[0].shape[1:]
+            yield slice(None), [[flat.view(len(rows), rows[0], *inner) for flat in flats]]
             return
         step = max(elements // max(self.features * (1 if self.last else self.length), 1), 1)
         for i, of in enumerate(zip(*(flat.split(rows) for flat in flats), strict=True)):
@@ -60,28 +61,31 @@ class _Layout:
 
     def over(self, values: Tensor) -> Tensor:
         """Return values per split and channel, [s, C], so that they broadcast over a piece."""
-        return values.unsqueeze(1) if self.last else values[:, None, :, None]
+        return values.unsqueeze(1) if self.last else values.unsqueeze(1).unsqueeze(3)
 
 
 def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     """Return the packed local moments of `x`, [S, 2C + 1], float64."""
     layout = _Layout(x, splits, num_splits)
+    dtype = accumulation_dtype(x.dtype)
     dims = 1 if layout.last else (1, 3)
-    sums = torch.zeros(num_splits, 3 * layout.features, dtype=torch.float64)
+    sums = torch.zeros(3, num_splits, layout.features, dtype=torch.float64)
     for split, blocks in layout.parts(layout.flat(x)):
         # Any shift will do; one near the mean keeps the digits.
-        shift = blocks[0][0][:, :16].mean(dims, dtype=accumulation_dtype(x.dtype))
-        pairs = []
+        shift = blocks[0][0][:, :16].mean(dims, dtype=dtype)
+        column, pairs = layout.over(shift), []
+        # One buffer for all blocks: memory that is new costs more than what is done with it.
+        buffer = torch.empty_like(blocks[0][0], dtype=dtype)
         for (piece,) in blocks:
-            centred = piece - layout.over(shift)
+            centred = torch.sub(piece, column, out=buffer[:, : piece.shape[1]])
             if layout.last or layout.small:
-                pairs += [[centred.sum(dims), centred.square_().sum(dims)]]
+                pairs.append([centred.sum(dims), centred.square_().sum(dims)])
             else:
-                pairs += [_native_sums(centred, centred, torch.zeros_like(shift))]
-        sums[split] = torch.cat([shift.double(), *_added(pairs)], dim=1)
-    shift, rest, squares = sums.chunk(3, dim=1)
-    sizes = [[size * layout.length] for size in layout.sizes]
-    count = torch.tensor(sizes, dtype=torch.float64)
+                pairs.append(_native_sums(centred, centred, torch.zeros_like(shift)))
+        sums[:, split] = torch.stack([shift.double(), *_added(pairs)])
+    shift, rest, squares = sums
+    counts = [[float(size * layout.length)] for size in layout.sizes]
+    count = torch.tensor(counts, dtype=torch.float64)
     around = shift * count
     return torch.cat([around + rest, squares + shift * (rest + rest + around), count], dim=1)
 
@@ -112,7 +116,7 @@ def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments) -> Tensor
             products = (piece - layout.over(high)).mul_(dy_piece)
             pairs = [[dy_piece.sum(dims, dtype=high.dtype), products.sum(dims)]]
         else:
-            pairs = [_native_sums(*block, high[split]) for block in blocks]
+            pairs = [_native_sums(dy_piece, piece, high[split]) for dy_piece, piece in blocks]
         sums[split] = torch.cat(_added(pairs), dim=1)
     sum_dy, sum_dy_xmu = sums.chunk(2, dim=1)
     sum_dy_xmu += (high - moments.mean) * sum_dy
@@ -151,19 +155,27 @@ def _map_rows(
     order, layout.order = layout.order, None
     target = layout.flat(output)
     layout.order = order
+    # Half precision, and what is far from the origin, is worked on in a buffer.
+    copied = x.dtype != dtype or origin is not None
     flats = [target, layout.flat(x)] + ([] if dy is None else [layout.flat(dy)])
     for split, blocks in layout.parts(*flats):
+        columns = [layout.over(value[split]) for value in (scale, shift, dy_scale)]
+        buffer = torch.empty_like(blocks[0][1], dtype=dtype) if copied else None
         for result, piece, *upstream in blocks:
-            source = piece.to(dtype) if origin is None else piece - layout.over(origin[split])
-            wide = result if result.dtype == dtype else torch.empty_like(source)
+            wide, source = result, piece
+            if buffer is not None:
+                source = buffer[:, : piece.shape[1]]
+                if origin is None:
+                    source.copy_(piece)
+                else:
+                    torch.sub(piece, layout.over(origin[split]), out=source)
+                wide = source if x.dtype != dtype else result
             if layout.last or layout.small:
-                torch.addcmul(
-                    layout.over(shift[split]), source, layout.over(scale[split]), out=wide
-                )
+                torch.addcmul(columns[1], source, columns[0], out=wide)
             else:
                 _native_map(source[0], scale[split][0], shift[split][0], wide[0])
             if upstream:
-                wide.addcmul_(upstream[0], layout.over(dy_scale[split]))
+                wide.addcmul_(upstream[0], columns[2])
             if wide is not result:
                 result.copy_(wide)
     if order is None:
@@ -194,7 +206,7 @@ def _added(pairs: list[list[Tensor]]) -> list[Tensor]:
     """Add the pairs of several blocks in float64."""
     if len(pairs) == 1:
         return pairs[0]
-    return [torch.stack(sums).double().sum(0) for sums in zip(*pairs, strict=True)]
+    return [torch.stack(sums).sum(0, dtype=torch.float64) for sums in zip(*pairs, strict=True)]
 
 
 def _origin(x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor | None, Tensor]:
