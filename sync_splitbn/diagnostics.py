@@ -58,13 +58,14 @@ def plot_split_divergence(divergence: dict[str, list[float]], axes: Any) -> None
         divergence: what `split_divergence` returned.
         axes: a `matplotlib.axes.Axes`.
     """
-    depths = range(1, len(divergence) + 1)
-    for i, values in enumerate(zip(*divergence.values(), strict=True), start=1):
-        axes.plot(depths, values, marker="o", markersize=3, label=f"split {i} from split 0")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set_ylim(bottom=0)
+    layers = list(enumerate(divergence.values(), start=1))
+    for i in range(max(len(values) for values in divergence.values())):
+        points = [(depth, values[i]) for depth, values in layers if i < len(values)]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"split {i + 1}")
+    if any(value > 0 for values in divergence.values() for value in values):
+        axes.set_yscale("log")
     axes.set_xlabel("batch norm layer, input to output")
-    axes.set_ylabel("symmetric KL divergence (nats)")
+    axes.set_ylabel("symmetric KL divergence from split 0 (nats)")
     axes.legend()
 
 

@@ -46,6 +46,7 @@ def test_model_without_split_statistics_is_refused():
 def test_plot_draws_a_line_for_each_auxiliary_split():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     axes = figure.subplots()
-    plot_split_divergence({"a": [0.1, 2.0], "b": [0.0, 3.0]}, axes)
-    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.0], [2.0, 3.0]]
+    plot_split_divergence({"a": [0.1, 2.0], "b": [0.0], "c": [0.2, 3.0]}, axes)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.0, 0.2], [2.0, 3.0]]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3], [1, 3]]
     assert "nats" in axes.get_ylabel()
