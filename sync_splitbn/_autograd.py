@@ -10,6 +10,16 @@ from ._collectives import all_reduce_, all_reduce_copy, differentiable_all_reduc
 from ._moments import Affine, Moments, Splits
 
 
+def _saved(splits: Splits, x: Tensor) -> Tensor | None:
+    """Return what to save of the splits: an index, or for sizes a shape that tells them apart.
+
+    Activation checkpointing compares shapes, and so refuses a second forward with other sizes.
+    """
+    if isinstance(splits, Tensor):
+        return splits
+    return None if torch.compiler.is_compiling() else x.new_empty((0, hash(splits) % 2**31))
+
+
 class SyncSplitBatchNormFunction(torch.autograd.Function):
     """Normalize each split by its statistics over all ranks; also return the packed moments."""
 
@@ -28,11 +38,8 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         """Return y, like x, and the global moments, [S, 2C + 1]."""
         kernels = _kernels.choose(impl, x)
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
-        # Sizes are saved as a shape: activation checkpointing compares shapes, and so refuses a
-        # second forward that was assigned other rows than the first.
-        index = splits if isinstance(splits, Tensor) else x.new_empty((0, *splits))
-        ctx.save_for_backward(x, weight, packed, index)
         ctx.sizes = None if isinstance(splits, Tensor) else splits
+        ctx.save_for_backward(x, weight, packed, _saved(splits, x))
         ctx.eps, ctx.group, ctx.impl = eps, group, impl
         ctx.mark_non_differentiable(packed)
         moments = Moments(packed)
@@ -43,7 +50,8 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         """Return the gradients of x, summed over ranks, and of weight and bias, local for DDP."""
         dy = grads[0]
         x, weight, packed, index = ctx.saved_tensors
-        splits, kernels = ctx.sizes or index, _kernels.choose(ctx.impl, x)
+        splits = index if ctx.sizes is None else ctx.sizes
+        kernels = _kernels.choose(ctx.impl, x)
         total = all_reduce_copy
         if torch.is_grad_enabled():
             if ctx.impl not in (None, "aten"):
@@ -64,8 +72,7 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
         sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
         if ctx.needs_input_grad[1]:
-            invstd = moments.invstd(ctx.eps)
-            dweight = (sum_dy_xmu * invstd).to(weight.dtype)
+            dweight = sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)
         if ctx.needs_input_grad[2]:
             dbias = sum_dy
         return dx, dweight, dbias, None, None, None, None, None

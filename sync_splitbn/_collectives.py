@@ -29,6 +29,11 @@ def check_group(process_group: Any) -> None:
 def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """Return the group to sum over, the default one for None, or None where a rank is alone."""
     if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise RuntimeError(
+                "torch.distributed must be initialized to sum over a process_group, got none; "
+                "make a new group after a new init_process_group, or set process_group to None"
+            )
         return None
     group = dist.group.WORLD if process_group is None else process_group
     return group if dist.get_world_size(group) > 1 else None
@@ -82,6 +87,7 @@ def sync_group(size: int) -> dist.ProcessGroup:
 
     Raises:
         RuntimeError: `torch.distributed` is not initialized.
+        TypeError: `size` is no int.
         ValueError: `size` does not divide the world size.
 
     Communication:
@@ -96,6 +102,8 @@ def sync_group(size: int) -> dist.ProcessGroup:
             "torch.distributed must be initialized before sync_group, got no process group; "
             "create accelerate's Accelerator or call init_process_group first"
         )
+    if not isinstance(size, int):
+        raise TypeError(f"size must be an int, got {type(size).__name__}")
     world_size = dist.get_world_size()
     if size < 1 or world_size % size:
         raise ValueError(f"size must divide the world size {world_size}, got {size}")

@@ -4,6 +4,8 @@ S splits, C features, N rows. `Splits` says which rows belong to which split: a 
 sizes of S contiguous sub-batches, a tensor holds the split of each row, [N].
 """
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,13 +15,17 @@ from torch import Tensor
 Splits: TypeAlias = tuple[int, ...] | Tensor
 
 
-@dataclass(frozen=True)
-class Affine:
-    """What follows the statistics: weight and bias [S, C] or None, and the eps of the variance."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
+    """Return the sizes of `num_splits` contiguous sub-batches as a tuple, or raise."""
+    try:
+        sizes = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}") from None
+    if len(sizes) != num_splits or min(sizes) < 0:
+        raise ValueError(
+            f"sizes must hold num_splits={num_splits} numbers of rows, each 0 or more, got {sizes}"
+        )
+    return sizes
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,6 +50,14 @@ class Moments:
         self.count = packed[:, -1]
         self._per_element: tuple[Tensor, ...] | None = None
         self._var: Tensor | None = None
+
+    @classmethod
+    def given(cls, mean: Tensor, var: Tensor) -> "Moments":
+        """Return moments that have these statistics, [S, C], as those of one element."""
+        count = mean.new_ones(len(mean), 1)
+        moments = cls(torch.cat([mean, var + mean.square(), count], dim=1))
+        moments._per_element, moments._var = (mean, var + mean.square()), var
+        return moments
 
     @property
     def mean(self) -> Tensor:
@@ -73,3 +87,17 @@ class Moments:
             means = self.packed[:, :-1] / self.count.clamp(min=1).unsqueeze(1)
             self._per_element = means.chunk(2, dim=1)
         return self._per_element
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What follows the statistics: weight and bias [S, C] or None, and the eps of the variance."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def scale(self, moments: Moments) -> Tensor:
+        """Return the factor of each split and channel, [S, C], float64."""
+        invstd = moments.invstd(self.eps)
+        return invstd if self.weight is None else invstd * self.weight

@@ -142,6 +142,12 @@ class SplitState(_BatchNorm):
             state.pop(name, None)
         return state
 
+    def __copy__(self) -> "SplitState":
+        """Copy shallowly, the process group too."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "SplitState":
         """Copy all but the process group, which the copy shares."""
         twin = type(self).__new__(type(self))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._moments import check_sizes
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -63,11 +65,12 @@ def assign_splits(
         index: the split of each row, integers of shape [N], on the device of the batch.
 
     Raises:
-        TypeError: `index` does not hold integers.
+        TypeError: `model`, `sizes`, `only` or `index` is of the wrong kind.
         ValueError: not exactly one of the three is given, it does not fit the layers' number of
             splits, or there is no such layer. What depends on the batch is checked in `forward`.
 
     Note:
+        The assignment belongs to the layers, not to the thread: another thread's forward sees it.
         Activation checkpointing runs `forward` once more during backward: call `backward()`
         inside the context then.
 
@@ -80,6 +83,8 @@ def assign_splits(
         ...     output = model(torch.randn(1, 3, 16, 16))
     """
     layers = _layers(model, "assign_splits")
+    if sizes is not None:
+        sizes = check_sizes(sizes, layers[0].num_splits)
     assignment = _assignment(sizes, only, index, layers[0])
     for layer in layers:
         _check_fit(assignment, layer.num_splits)
@@ -113,7 +118,7 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _assignment(
-    sizes: Sequence[int] | None, only: int | None, index: Tensor | None, layer: nn.Module
+    sizes: tuple[int, ...] | None, only: int | None, index: Tensor | None, layer: nn.Module
 ) -> Assignment:
     """Return the one that is given, or raise."""
     choices = {"sizes": sizes, "only": only, "index": index}
@@ -122,14 +127,10 @@ def _assignment(
         raise ValueError(
             f"exactly one of sizes, only and index must be given, got {', '.join(given) or 'none'}"
         )
-    if index is not None and not isinstance(index, Tensor):
-        raise TypeError(
-            f"index must be an integer tensor of shape [N], got {type(index).__name__}; "
-            "wrap it in torch.tensor"
-        )
+    if only is not None and (isinstance(only, bool) or not isinstance(only, int)):
+        raise TypeError(f"only must be an int, got {type(only).__name__}")
     if sizes is None:
         return Assignment(only=only, index=index)
-    sizes = tuple(int(size) for size in sizes)
     return Assignment(sizes, _ends(sizes, layer))
 
 
@@ -148,14 +149,14 @@ def _check_fit(assignment: Assignment, num_splits: int) -> None:
         raise ValueError(
             f"only must be a split from 0 to num_splits - 1 = {num_splits - 1}, got {only}"
         )
-    if sizes is not None and (len(sizes) != num_splits or min(sizes) < 0):
-        raise ValueError(
-            f"sizes must hold num_splits={num_splits} numbers of rows, each 0 or more, got {sizes}"
-        )
+    if sizes is not None:
+        check_sizes(sizes, num_splits)
 
 
 def _layers(model: nn.Module, caller: str) -> list[Assignable]:
     """Return the layers of `model` that listen, or raise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = [module for module in model.modules() if isinstance(module, Assignable)]
     if not layers:
         raise ValueError(

@@ -114,6 +114,8 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
         for path, norm in _batch_norms(module, converting=False).items()
         if isinstance(norm, SyncSplitBatchNorm)
     }
+    if not isinstance(split, int):
+        raise TypeError(f"split must be an int, got {type(split).__name__}")
     for path, layer in layers.items():
         if not 0 <= split < layer.num_splits:
             raise ValueError(
@@ -169,7 +171,13 @@ def _check_convertible(path: str, norm: _BatchNorm, num_splits: int, share_affin
             raise ValueError(
                 f"{_named(path)} must have num_splits={num_splits} and share_affine="
                 f"{share_affine} as asked, got a {type(norm).__name__} with "
-                f"num_splits={norm.num_splits} and share_affine={shared}; revert it first"
+                f"num_splits={norm.num_splits} and share_affine={shared}; "
+                "convert a model with plain batch norms instead"
+            )
+        if any(aux._forward_hooks or aux._forward_pre_hooks for aux in norm.aux_bn):  # type: ignore[union-attr]
+            raise TypeError(
+                f"{_named(path)} must not have hooks on its auxiliaries, which are not called any "
+                "more, got some; remove them first"
             )
     if isinstance(norm, nn.SyncBatchNorm) and "aux_bn" in norm._modules:
         raise TypeError(
@@ -202,15 +210,16 @@ def _convert(
     if isinstance(norm, SyncSplitBatchNorm):
         norm.process_group = process_group
         return
-    active = {"drop", "act"} <= norm._modules.keys()
+    acts = _loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
+    ends_in_act = {cls.forward for cls in (*acts, *_timm_split())}
+    active = type(norm).forward in ends_in_act and {"drop", "act"} <= norm._modules.keys()
     plain: type[_BatchNorm] = type(norm)
     if isinstance(norm, _timm_split()):
         auxiliaries = [
             Auxiliary({name: getattr(aux, name) for name in PARAMETERS + BUFFERS})
             for aux in norm.aux_bn
         ]
-        acts = _loaded("timm.layers.norm_act", "BatchNormAct2d") if active else ()
-        plain = acts[0] if acts else nn.BatchNorm2d
+        plain = acts[0] if active else nn.BatchNorm2d
     else:
         auxiliaries = [Auxiliary.copy_of(norm, share_affine, memo) for memo in memos]
     norm.__class__ = SyncSplitBatchNormAct if active else SyncSplitBatchNorm

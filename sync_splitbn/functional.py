@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
 from ._collectives import check_group, resolve_group
-from ._kernels import aten
-from ._moments import Affine, Moments, Splits, accumulation_dtype
+from ._moments import Affine, Moments, Splits, accumulation_dtype, check_sizes
 
 
 def sync_split_batch_norm(
@@ -40,7 +40,8 @@ def sync_split_batch_norm(
         eps: added to the variance, input units squared, positive.
         sync: False takes the statistics of this rank alone.
         process_group: the ranks to sum over; None is the default group.
-        impl: who computes: `"aten"` anywhere, `"cpu"` on an eager CPU, or None to choose.
+        impl: who computes: `"aten"` on any device with float64, `"cpu"` on an eager CPU, or None
+            to choose.
 
     Returns:
         The output, with the shape, type and memory format of `input`, and the moments over all
@@ -54,7 +55,7 @@ def sync_split_batch_norm(
             time-out: let the same call be right on every rank.
 
     Numerics:
-        Local sums shifted by each row's mean, in float32 or wider, totals in float64. A split
+        Local sums shifted to near the mean, in float32 or wider, totals in float64. A split
         with one element normalizes with variance 0. Parameter gradients are sums over the local
         rows, as DDP expects. Second derivatives are exact.
 
@@ -103,16 +104,17 @@ def normalize_rows(
 ) -> Tensor:
     """Normalize each row by given statistics of its split, [S, C]: evaluation with mixed rows."""
     num_splits = mean.shape[0]
-    return aten.normalize_by(
+    affine = Affine(
+        _by_split("weight", weight, input, num_splits),
+        _by_split("bias", bias, input, num_splits),
+        eps,
+    )
+    # ATen's, because autograd follows them.
+    return _kernels.choose("aten", input).normalize(
         input,
         check_splits(input, num_splits, sizes, index),
-        mean.double(),
-        var.double(),
-        Affine(
-            _by_split("weight", weight, input, num_splits),
-            _by_split("bias", bias, input, num_splits),
-            eps,
-        ),
+        Moments.given(mean.double(), var.double()),
+        affine,
     )
 
 
@@ -132,6 +134,8 @@ def check_input(input: Tensor, num_features: int | None = None) -> None:
 
 def check_num_splits(num_splits: int) -> None:
     """Raise unless there is a split."""
+    if not isinstance(num_splits, int):
+        raise TypeError(f"num_splits must be an int, got {type(num_splits).__name__}")
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
 
@@ -153,20 +157,21 @@ def check_splits(
                 "drop the last short batch, or give the sizes by assign_splits"
             )
         return (rows // num_splits,) * num_splits
-    if len(sizes) != num_splits or min(sizes) < 0:
-        raise ValueError(
-            f"sizes must hold num_splits={num_splits} numbers of rows, each 0 or more, "
-            f"got {tuple(sizes)}"
-        )
+    sizes = check_sizes(sizes, num_splits)
     if sum(sizes) != rows:
         raise ValueError(
-            f"sizes must sum to input.shape[0]={rows}, got {tuple(sizes)} with sum {sum(sizes)}"
+            f"sizes must sum to input.shape[0]={rows}, got {sizes} with sum {sum(sizes)}"
         )
-    return tuple(sizes)
+    return sizes
 
 
 def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
     """Return `index` as a tensor of int64, or raise."""
+    if not isinstance(index, Tensor):
+        raise TypeError(
+            f"index must be an integer tensor of shape [N], got {type(index).__name__}; "
+            "wrap it in torch.tensor"
+        )
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must hold integers, got {index.dtype}")
     if index.shape != (input.shape[0],):
@@ -178,6 +183,7 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
             f"index must be on the device of input, {input.device}, got {index.device}; "
             "move it there with the batch"
         )
+    index = index.long()
     message = f"index must hold splits from 0 to num_splits - 1 = {num_splits - 1}"
     inside = ((index >= 0) & (index < num_splits)).all()
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -186,7 +192,7 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
     else:
         # Checked on the device, so that the host does not wait for it.
         torch._assert_async(inside, f"{message}, got others")
-    return index.long()
+    return index
 
 
 def _by_split(name: str, value: Tensor | None, input: Tensor, num_splits: int) -> Tensor | None:

@@ -17,6 +17,14 @@ from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import check_input, normalize_rows, sync_split_batch_norm
 
+# Of torch, timm and apex.
+STOCK_CONVERTERS = {
+    "convert_sync_batchnorm",
+    "convert_splitbn_model",
+    "convert_syncbn_model",
+    "freeze_batch_norm_2d",
+}
+
 
 class SyncSplitBatchNorm(SplitState, Assignable):
     r"""Batch normalization with statistics per split of the batch, each over all ranks.
@@ -110,7 +118,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         )
         # Activation checkpointing runs forward again inside backward: count a batch once.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if self.training and self.track_running_stats and not (self._stats_frozen or again):
+        tracking = self.training and self.track_running_stats and self.running_mean is not None
+        if tracking and not (self._stats_frozen or again):
             self._update_running_stats(moments)
         return output
 
@@ -124,7 +133,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         torch._foreach_add_(trackers, list(seen.to(torch.int64)))
         step: Any = self.momentum
         if step is None:
-            tracked = torch.stack(trackers).clamp(min=1)
+            tracked = torch.stack(trackers)
             step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)
         running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
         before = torch.stack(running)
@@ -167,12 +176,14 @@ class SyncSplitBatchNorm(SplitState, Assignable):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children, unless to a stock converter, which would lose the splits."""
-        # nn.SyncBatchNorm's and timm's ask every batch norm for its children, after they made
-        # another layer of it; no error would follow before training, and often none at all.
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+        # They ask every batch norm for its children, after they made another layer of it or passed
+        # it over; no error would follow before training, and often none at all.
+        caller = sys._getframe(1).f_code.co_name
+        if caller in STOCK_CONVERTERS:
             raise RuntimeError(
-                "SyncSplitBatchNorm must not be converted by convert_sync_batchnorm, which drops "
-                "its splits; it is synchronized already, so leave that call out"
+                f"SyncSplitBatchNorm must not be converted by others, got {caller}, which does not "
+                "know its splits; it is split and synchronized already, so leave that call out, "
+                "or freeze before converting"
             )
         return super().named_children()
 

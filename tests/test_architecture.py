@@ -1,6 +1,7 @@
 """The floors of the house: imports point strictly downward, and each subject has one home."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,10 @@ def test_only_collectives_speaks_to_torch_distributed():
         if name_of(path) == "_collectives":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            assert not any((m or "").startswith("torch.distributed") for m in modules), path
+            names = node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            source = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            full = [source + name.name for name in names]
+            assert not any(name.startswith("torch.distributed") for name in full), path
 
 
 def test_public_names_are_those_of_the_contract():
@@ -73,3 +75,13 @@ def test_public_names_are_those_of_the_contract():
         "sync_group",
         "sync_split_batch_norm",
     ]
+
+
+def test_readme_names_tests_that_exist():
+    readme = (ROOT.parent / "README.md").read_text()
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", readme)
+    assert len(named) > 20
+    for file, test in named:
+        (path,) = Path(__file__).parent.rglob(file)
+        assert f"def {test}(" in path.read_text(), test
+    assert not re.search(r"…::?|…_to|{[A-Z]+}", readme), "names are written out"

@@ -49,7 +49,7 @@ def test_index_may_be_of_any_integer_type():
     torch.manual_seed(0)
     x, ids = torch.randn(6, 3), torch.tensor([1, 0, 1, 1, 0, 0])
     outputs = []
-    for dtype in (torch.int64, torch.int32, torch.uint8):
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.uint16):
         with assign_splits(layer := SyncSplitBatchNorm(3), index=ids.to(dtype)):
             outputs.append(layer(x))
     assert outputs[0].equal(outputs[1])
@@ -75,9 +75,12 @@ LAYER = SyncSplitBatchNorm(3, num_splits=4)
         ({"only": 1, "sizes": (1, 1, 1, 1)}, ValueError, "must be given, got sizes, only"),
         ({"only": 4}, ValueError, "only must be a split from 0 to num_splits - 1 = 3, got 4"),
         ({"only": -1}, ValueError, "only must be a split"),
+        ({"only": True}, TypeError, "only must be an int, got bool"),
+        ({"only": 0.5}, TypeError, "only must be an int, got float"),
+        ({"sizes": (1.5, 1, 1, 1)}, TypeError, r"sizes must be a sequence of ints, got \(1.5"),
+        ({"sizes": 4}, TypeError, "sizes must be a sequence of ints, got 4"),
         ({"sizes": (3, 3)}, ValueError, r"sizes must hold num_splits=4 numbers .*got \(3, 3\)"),
         ({"sizes": (7, -1, 0, 0)}, ValueError, "each 0 or more"),
-        ({"index": [0, 1]}, TypeError, "index must be an integer tensor of shape .N., got list"),
     ],
     ids=str,
 )
@@ -96,6 +99,7 @@ def test_assignment_that_cannot_fit_is_refused_on_entry(options, error, message)
             r"sizes must sum to input.shape\[0\]=6, got .* sum 4",
         ),
         ({"index": torch.tensor([0, 1])}, ValueError, r"shape .input.shape\[0\].=.6., got .2."),
+        ({"index": [0, 1]}, TypeError, "index must be an integer tensor of shape .N., got list"),
         ({"index": torch.zeros(6)}, TypeError, "index must hold integers, got torch.float32"),
         ({"index": torch.ones(6) > 0}, TypeError, "index must hold integers, got torch.bool"),
         ({"index": torch.arange(6)}, ValueError, "splits from 0 to num_splits - 1 = 3, got 0 to 5"),
@@ -200,6 +204,21 @@ def test_model_without_the_layer_is_refused():
 )
 def test_wrong_use_says_what_must_hold_and_what_came(call, error, message):
     with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sync_split_batch_norm(torch.randn(4, 3), "2"),
+        lambda: sync_split_batch_norm(torch.randn(4, 3), 2, process_group="nccl"),
+        lambda: SyncSplitBatchNorm(3, num_splits=2.0),
+        lambda: assign_splits([LAYER], only=0).__enter__(),
+        lambda: frozen_stats(None).__enter__(),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(call):
+    with pytest.raises(TypeError, match="must be a"):
         call()
 
 

@@ -114,6 +114,8 @@ def layouts():
         "channels_last": image.contiguous(memory_format=torch.channels_last),
         "channels_last_3d": volume.contiguous(memory_format=torch.channels_last_3d),
         "transposed": torch.randn(4, 6, 3).transpose(1, 2),
+        "columns first": torch.randn(3, 4).t(),
+        "broadcast rows": torch.randn(1, 3).expand(4, -1),
         "every other": torch.randn(4, 6, 5, 12)[:, ::2, :, ::2],
         "expanded": torch.randn(4, 3, 1, 1).expand(-1, -1, 5, 6),
     }
@@ -267,6 +269,23 @@ def test_one_element_per_channel_leaves_running_var_alone():
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("num_splits", [16, 70])
+def test_many_splits_and_many_rows_fit(num_splits):
+    layer = SyncSplitBatchNorm(2, num_splits=num_splits)
+    x = torch.randn(num_splits * 1000, 2, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = 0.1 * x.detach()[-1000:].mean(0)
+    torch.testing.assert_close(layer.aux_bn[-1].running_mean, expected)
+
+
+def test_layer_whose_running_statistics_were_taken_away_uses_the_batch():
+    layer = SyncSplitBatchNorm(3)
+    for stats in (layer, *layer.aux_bn):
+        stats.running_mean = stats.running_var = stats.num_batches_tracked = None
+    x = torch.randn(6, 3)
+    assert layer(x).equal(SyncSplitBatchNorm(3)(x))
+
+
 def test_nan_stays_in_its_split():
     for assigned in ({"sizes": (2, 2)}, {"index": torch.tensor([1, 0, 1, 0])}):
         layer = SyncSplitBatchNorm(3)
@@ -413,6 +432,7 @@ def test_copies_forget_open_contexts_and_pickles_the_group():
         assert twin.num_batches_tracked == twin.aux_bn[0].num_batches_tracked == 1
         assert twin.process_group is None
         assert twin.weight is not layer.weight
+    assert copy.copy(layer).weight is layer.weight
 
 
 def test_layer_is_made_on_meta_and_moved():

@@ -1,4 +1,4 @@
-"""The four kernels as compositions of ATen operators: any device, traceable, differentiable.
+"""The four kernels as ATen operators: any device with float64, traceable, differentiable.
 
 N rows, S splits, C features, L positions per row. The mean is used as a high part in the
 accumulation type, and the rest that the type cannot hold goes into the offset: `x - high` is
@@ -31,13 +31,8 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
 
 def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
-    return normalize_by(x, splits, moments.mean, moments.var, affine)
-
-
-def normalize_by(x: Tensor, splits: Splits, mean: Tensor, var: Tensor, affine: Affine) -> Tensor:
-    """Do the same with statistics that are given, [S, C], float64."""
     dtype = accumulation_dtype(x.dtype)
-    scale = _scale(var, affine)
+    mean, scale = moments.mean, affine.scale(moments)
     high = mean.to(dtype)
     shift = (high - mean) * scale
     if affine.bias is not None:
@@ -67,7 +62,7 @@ def grad_input(
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
     dtype = accumulation_dtype(x.dtype)
-    mean, scale = moments.mean, _scale(moments.var, affine)
+    mean, scale = moments.mean, affine.scale(moments)
     per_element = sums.double() / moments.count.clamp(min=1).unsqueeze(1)
     mean_dy, mean_dy_xmu = per_element.chunk(2, dim=1)
     slope = -scale * mean_dy_xmu / (moments.var + affine.eps)
@@ -76,12 +71,6 @@ def grad_input(
     high, scale, slope, offset = _by_row(x, splits, high, scale, slope, offset)
     dx = torch.addcmul(offset, x.to(dtype) - high, slope)
     return torch.addcmul(dx, dy.to(dtype), scale).to(x.dtype)
-
-
-def _scale(var: Tensor, affine: Affine) -> Tensor:
-    """Return the factor of each split and channel, [S, C]."""
-    invstd = (var + affine.eps).rsqrt()
-    return invstd if affine.weight is None else invstd * affine.weight
 
 
 def _sum_by_split(by_row: Tensor, splits: Splits, num_splits: int) -> Tensor:

@@ -1,13 +1,14 @@
 """The four kernels for eager CPU: few passes over memory, in blocks that stay in the cache.
 
 N rows, S splits, C features, L positions per row. A tensor is seen as [s, n, C, L], or, where its
-channels are innermost, as [s, n * L, C], in pieces: all s = S equal splits at once where that is
-small, else a block of rows of s = 1 split at a time. For one split, ATen's own batch norm serves:
+channels are innermost, as [s, n * L, C], in parts: all s = S equal splits at once where that is
+small, else s = 1 split at a time, in blocks. For one split, ATen's own batch norm serves:
 with given statistics it is the fastest map `x * scale + shift` per channel that there is, and its
 backward the fastest pair of sums `dy`, `dy * (x - mean)`.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from .._moments import Affine, Moments, Splits, accumulation_dtype
 
 # Elements of a block: 1 MiB of float32, about what a core's own cache holds.
 BLOCK = 2**18
-# With the channels innermost, ATen's backward adds in float32, one position after the other.
+# Positions whose values are added in float32, with the channels innermost.
 POSITIONS = 2**12
+# Rows, or positions, of a split that tell where its values are.
+SAMPLE = 16
 # Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale.
 NEAR = 64.0
 
@@ -33,6 +36,7 @@ class _Layout:
             self.order = splits.argsort(stable=True)
             splits = tuple(splits.bincount(minlength=num_splits).tolist())
         self.sizes = splits
+        self.dims = 1 if self.last else (1, 3)
         self.small = 0 < x.numel() <= BLOCK and min(splits) == max(splits)
 
     def flat(self, tensor: Tensor) -> Tensor:
@@ -44,42 +48,55 @@ class _Layout:
             return tensor.view(sum(self.sizes) * self.length, self.features)
         return tensor.contiguous().view(sum(self.sizes), self.features, self.length)
 
-    def parts(
-        self, *flats: Tensor, elements: int = BLOCK
-    ) -> Iterator[tuple[slice, list[list[Tensor]]]]:
-        """Yield which splits a part holds, and its blocks: a piece of each tensor."""
+    def parts(self, *flats: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Yield which splits a part holds, and the part of each tensor."""
         rows = [size * self.length for size in self.sizes] if self.last else list(self.sizes)
         if self.small:
-            inner = flats[0].shape[1:]
-            yield slice(None), [[flat.view(len(rows), rows[0], *inner) for flat in flats]]
+            shape = (len(rows), rows[0], *flats[0].shape[1:])
+            yield slice(None), [flat.view(shape) for flat in flats]
             return
-        step = max(elements // max(self.features * (1 if self.last else self.length), 1), 1)
         for i, of in enumerate(zip(*(flat.split(rows) for flat in flats), strict=True)):
             if of[0].numel():
-                pieces = zip(*(part.unsqueeze(0).split(step, dim=1) for part in of), strict=True)
-                yield slice(i, i + 1), list(map(list, pieces))
+                yield slice(i, i + 1), [part.unsqueeze(0) for part in of]
+
+    def blocks(self, *parts: Tensor, elements: int = BLOCK) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the parts piece by piece, each of about so many elements."""
+        row = self.features * (1 if self.last else self.length)
+        rows = parts[0].shape[1] if self.small else max(elements // row, 1)
+        return zip(*(part.split(rows, dim=1) for part in parts), strict=True)
 
     def over(self, values: Tensor) -> Tensor:
-        """Return values per split and channel, [s, C], so that they broadcast over a piece."""
+        """Return values per split and channel, [s, C], so that they broadcast over a part."""
         return values.unsqueeze(1) if self.last else values.unsqueeze(1).unsqueeze(3)
+
+    def output(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a new tensor in the memory format of `x`, and the same one flat."""
+        shape = (x.shape[0], *x.shape[2:], x.shape[1]) if self.last else x.shape
+        tensor = torch.empty(shape, dtype=x.dtype)
+        inner = (self.features,) if self.last else (self.features, self.length)
+        flat = tensor.view(x.shape[0] * (self.length if self.last else 1), *inner)
+        return tensor.movedim(-1, 1) if self.last else tensor, flat
 
 
 def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     """Return the packed local moments of `x`, [S, 2C + 1], float64."""
     layout = _Layout(x, splits, num_splits)
     dtype = accumulation_dtype(x.dtype)
-    dims = 1 if layout.last else (1, 3)
     sums = torch.zeros(3, num_splits, layout.features, dtype=torch.float64)
-    for split, blocks in layout.parts(layout.flat(x)):
-        # Any shift will do; one near the mean keeps the digits.
-        shift = blocks[0][0][:, :16].mean(dims, dtype=dtype)
-        column, pairs = layout.over(shift), []
-        # One buffer for all blocks: memory that is new costs more than what is done with it.
-        buffer = torch.empty_like(blocks[0][0], dtype=dtype)
-        for (piece,) in blocks:
+    for split, (part,) in layout.parts(layout.flat(x)):
+        # Any shift will do; one near most values keeps the digits. A median of rows from all over
+        # the part is, be some of them padding.
+        few = part[:, :: max(part.shape[1] // SAMPLE, 1)].to(dtype)
+        shift = (few if layout.last else few.mean(3)).median(1).values
+        pairs = []
+        column, buffer = layout.over(shift), None
+        elements = min(BLOCK, POSITIONS * layout.features) if layout.last else BLOCK
+        for (piece,) in layout.blocks(part, elements=elements):
+            # One buffer for all: memory that is new costs more than what is done with it.
+            buffer = torch.empty_like(piece, dtype=dtype) if buffer is None else buffer
             centred = torch.sub(piece, column, out=buffer[:, : piece.shape[1]])
             if layout.last or layout.small:
-                pairs.append([centred.sum(dims), centred.square_().sum(dims)])
+                pairs.append([centred.sum(layout.dims), centred.square_().sum(layout.dims)])
             else:
                 pairs.append(_native_sums(centred, centred, torch.zeros_like(shift)))
         sums[:, split] = torch.stack([shift.double(), *_added(pairs)])
@@ -92,30 +109,27 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
 
 def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
-    invstd = moments.invstd(affine.eps)
-    scale = invstd if affine.weight is None else invstd * affine.weight
-    origin, beyond = _origin(x, moments.mean, invstd)
+    scale = affine.scale(moments)
+    origin, beyond = _origin(x, moments, affine)
     shift = beyond * scale
     if affine.bias is not None:
         shift += affine.bias
-    return _map_rows(x, splits, origin, scale, shift)
+    return _map_rows(x, splits, _Map(origin, scale, shift))
 
 
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
     num_splits = len(moments.count)
     layout = _Layout(x, splits, num_splits)
-    dims = 1 if layout.last else (1, 3)
     high = moments.mean.to(accumulation_dtype(x.dtype))
-    elements = POSITIONS * layout.features if layout.last else x.numel()
+    elements = POSITIONS * layout.features if layout.last else max(x.numel(), 1)
     sums = torch.zeros(num_splits, 2 * layout.features, dtype=torch.float64)
-    flats = layout.flat(dy), layout.flat(x)
-    for split, blocks in layout.parts(*flats, elements=elements):
+    for split, parts in layout.parts(layout.flat(dy), layout.flat(x)):
         if layout.small:
-            ((dy_piece, piece),) = blocks
-            products = (piece - layout.over(high)).mul_(dy_piece)
-            pairs = [[dy_piece.sum(dims, dtype=high.dtype), products.sum(dims)]]
+            products = (parts[1] - layout.over(high)).mul_(parts[0])
+            pairs = [[parts[0].sum(layout.dims, dtype=high.dtype), products.sum(layout.dims)]]
         else:
+            blocks = layout.blocks(*parts, elements=elements)
             pairs = [_native_sums(dy_piece, piece, high[split]) for dy_piece, piece in blocks]
         sums[split] = torch.cat(_added(pairs), dim=1)
     sum_dy, sum_dy_xmu = sums.chunk(2, dim=1)
@@ -127,61 +141,59 @@ def grad_input(
     dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    invstd = moments.invstd(affine.eps)
-    scale = invstd if affine.weight is None else invstd * affine.weight
+    scale = affine.scale(moments)
     per_element = sums / moments.count.clamp(min=1).unsqueeze(1)
     mean_dy, mean_dy_xmu = per_element.chunk(2, dim=1)
-    slope = mean_dy_xmu * invstd.square() * -scale
-    origin, beyond = _origin(x, moments.mean, invstd)
-    return _map_rows(x, splits, origin, slope, slope * beyond - scale * mean_dy, dy, scale)
+    slope = mean_dy_xmu / (moments.var + affine.eps) * -scale
+    origin, beyond = _origin(x, moments, affine)
+    return _map_rows(x, splits, _Map(origin, slope, slope * beyond - scale * mean_dy, scale), dy)
 
 
-def _map_rows(
-    x: Tensor,
-    splits: Splits,
-    origin: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    dy: Tensor | None = None,
-    dy_scale: Tensor | None = None,
-) -> Tensor:
-    """Return `(x - origin) * scale + shift`, plus `dy * dy_scale` where given, like `x`."""
-    layout = _Layout(x, splits, scale.shape[0])
+class _Map(NamedTuple):
+    """The map `(x - origin) * scale + shift + dy * dy_scale`, values per split and channel."""
+
+    origin: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    dy_scale: Tensor | None = None
+
+    def of(self, split: slice, dtype: torch.dtype) -> "_Map":
+        """Return the values of some splits."""
+        origin, dy_scale = (None if v is None else v[split].to(dtype) for v in self[::3])
+        return _Map(origin, self.scale[split].to(dtype), self.shift[split].to(dtype), dy_scale)
+
+
+def _map_rows(x: Tensor, splits: Splits, values: _Map, dy: Tensor | None = None) -> Tensor:
+    """Return what `values` make of `x`, and of `dy` where it is given, like `x`."""
+    layout = _Layout(x, splits, len(values.scale))
     dtype = accumulation_dtype(x.dtype)
-    scale, shift = scale.to(dtype), shift.to(dtype)
-    dy_scale = scale if dy_scale is None else dy_scale.to(dtype)
-    output = torch.empty_like(x) if layout.last else torch.empty(x.shape, dtype=x.dtype)
-    # Rows are written in the order of their splits, and put where they belong at the end.
-    order, layout.order = layout.order, None
-    target = layout.flat(output)
-    layout.order = order
-    # Half precision, and what is far from the origin, is worked on in a buffer.
-    copied = x.dtype != dtype or origin is not None
+    output, target = layout.output(x)
     flats = [target, layout.flat(x)] + ([] if dy is None else [layout.flat(dy)])
-    for split, blocks in layout.parts(*flats):
-        columns = [layout.over(value[split]) for value in (scale, shift, dy_scale)]
-        buffer = torch.empty_like(blocks[0][1], dtype=dtype) if copied else None
-        for result, piece, *upstream in blocks:
-            wide, source = result, piece
-            if buffer is not None:
-                source = buffer[:, : piece.shape[1]]
-                if origin is None:
-                    source.copy_(piece)
-                else:
-                    torch.sub(piece, layout.over(origin[split]), out=source)
-                wide = source if x.dtype != dtype else result
+    for split, parts in layout.parts(*flats):
+        here = values.of(split, dtype)
+        buffer = None
+        for result, piece, *upstream in layout.blocks(*parts):
+            source = piece
+            # Half precision, and what is far from the origin, is worked on in a buffer.
+            if x.dtype != dtype or here.origin is not None:
+                buffer = torch.empty_like(piece, dtype=dtype) if buffer is None else buffer
+                source = buffer[:, : piece.shape[1]].copy_(piece)
+                if here.origin is not None:
+                    source -= layout.over(here.origin)
+            wide = result if x.dtype == dtype else source
             if layout.last or layout.small:
-                torch.addcmul(columns[1], source, columns[0], out=wide)
+                torch.addcmul(layout.over(here.shift), source, layout.over(here.scale), out=wide)
             else:
-                _native_map(source[0], scale[split][0], shift[split][0], wide[0])
-            if upstream:
-                wide.addcmul_(upstream[0], columns[2])
+                _native_map(source[0], here.scale[0], here.shift[0], wide[0])
+            if here.dy_scale is not None:
+                wide.addcmul_(upstream[0], layout.over(here.dy_scale))
             if wide is not result:
                 result.copy_(wide)
-    if order is None:
+    if layout.order is None:
         return output
+    # Rows were written in the order of their splits.
     placed = torch.empty_like(output)
-    placed[order] = output
+    placed[layout.order] = output
     return placed
 
 
@@ -209,9 +221,10 @@ def _added(pairs: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(sums).sum(0, dtype=torch.float64) for sums in zip(*pairs, strict=True)]
 
 
-def _origin(x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor | None, Tensor]:
+def _origin(x: Tensor, moments: Moments, affine: Affine) -> tuple[Tensor | None, Tensor]:
     """Return what to subtract from x first, None where zero will do, and it less the mean."""
-    if bool((mean * invstd).abs().max() <= NEAR):
+    mean = moments.mean
+    if bool((mean.square() <= NEAR**2 * (moments.var + affine.eps)).all()):
         return None, -mean
     high = mean.to(accumulation_dtype(x.dtype))
     return high, high - mean
