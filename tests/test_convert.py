@@ -263,6 +263,8 @@ def test_revert_needs_a_split_and_a_class_to_return_to():
     model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
     with pytest.raises(ValueError, match=r"from 0 to num_splits - 1 = 1 in module '0', got 2"):
         revert_sync_split_batchnorm(model, split=2)
+    with pytest.raises(TypeError, match="split must be an int, got float"):
+        revert_sync_split_batchnorm(model, split=0.5)
     with pytest.raises(TypeError, match="must be converted from a plain batch norm to be reverted"):
         revert_sync_split_batchnorm(SyncSplitBatchNorm(4))
 

@@ -1,6 +1,7 @@
 """W ranks equal one process with all their rows: outputs, gradients, buffers, collectives."""
 
 import copy
+import pickle
 
 import oracle
 import pytest
@@ -224,8 +225,15 @@ def grouped(rank, world_size):
     x = torch.full((2, 2), float(rank)) + torch.randn(2, 2)
     layer(x)
     twin(x)
-    whole = sync_group(world_size)
-    return x, layer.running_mean, twin.running_mean, whole is torch.distributed.group.WORLD
+    assert sync_group(world_size) is torch.distributed.group.WORLD
+    assert pickle.loads(pickle.dumps(layer)).process_group is None
+    assert copy.copy(layer).process_group is group
+    with pytest.raises(TypeError, match="size must be an int, got float"):
+        sync_group(2.0)
+    torch.distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match="must be initialized to sum over a process_group"):
+        layer(x)
+    return x, layer.running_mean, twin.running_mean
 
 
 def test_sync_group_sums_over_neighbouring_ranks_alone(tmp_path):
@@ -235,7 +243,6 @@ def test_sync_group_sums_over_neighbouring_ranks_alone(tmp_path):
             both = torch.stack([ranks[first][0][0], ranks[first + 1][0][0]]).mean(0)
             torch.testing.assert_close(ranks[member][1], 0.1 * both)
             assert ranks[member][2].equal(ranks[member][1]), "deepcopy must share the group"
-            assert ranks[member][3]
 
 
 def ddp_steps(rank, world_size, broadcast):

@@ -124,6 +124,33 @@ def test_timm_split_model_converts_and_keeps_every_split(name):
         convert_sync_split_batchnorm(timm.layers.convert_splitbn_model(model_of(name), 3), 2)
 
 
+def test_auxiliaries_with_hooks_are_refused():
+    model = timm.layers.convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(4)), 2)
+    model[0].aux_bn[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(TypeError, match=r"module '0' must not have hooks on its auxiliaries"):
+        convert_sync_split_batchnorm(model, 2)
+
+
+@pytest.mark.parametrize(
+    "converter", ["convert_sync_batchnorm", "convert_splitbn_model", "freeze_batch_norm_2d"]
+)
+def test_timm_converters_are_refused_on_a_converted_model(converter):
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), 2)
+    with pytest.raises(RuntimeError, match=f"must not be converted by others, got {converter}"):
+        getattr(timm.layers, converter)(model)
+
+
+def test_activation_needs_the_forward_of_timm():
+    class Named(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.act, self.drop = nn.ReLU(), nn.Identity()
+
+    x = torch.randn(3, 4, 2, 2)
+    expected = (norm := Named().eval())(x)
+    assert convert_sync_split_batchnorm(norm)(x).equal(expected)
+
+
 def test_activation_and_dropout_of_timm_layers_are_kept():
     """The stock converters dropped the activation silently (timm#1254, pytorch#187298)."""
     drop = lambda: nn.Hardtanh(-0.5, 0.5)  # noqa: E731  (stands for a dropout, without chance)
