@@ -18,7 +18,8 @@ Splits: TypeAlias = tuple[int, ...] | Tensor
 def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
     """Return the sizes of `num_splits` contiguous sub-batches as a tuple, or raise."""
     try:
-        sizes = tuple(operator.index(size) for size in sizes)
+        # An int of a traced graph is left alone: operator.index would make a constant of it.
+        sizes = tuple(size if isinstance(size, int) else operator.index(size) for size in sizes)
     except TypeError:
         raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}") from None
     if len(sizes) != num_splits or min(sizes) < 0:
