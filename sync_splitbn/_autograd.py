@@ -64,11 +64,11 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             kernels, total = _kernels.choose("aten", x), differentiable_all_reduce
             packed = total(kernels.moments(x, splits, packed.shape[0]), ctx.group)
         moments = Moments(packed)
-        local = kernels.grad_sums(dy, x, splits, moments)
+        affine = Affine(weight, None, ctx.eps)
+        local = kernels.grad_sums(dy, x, splits, moments, affine)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             sums = total(local, ctx.group)
-            affine = Affine(weight, None, ctx.eps)
             dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
         sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
         if ctx.needs_input_grad[1]:

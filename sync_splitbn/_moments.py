@@ -92,11 +92,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Affine:
-    """What follows the statistics: weight and bias [S, C] or None, and the eps of the variance."""
+    """What follows the statistics: weight and bias [S, C] or None, the variance's eps, a ReLU."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    relu: bool = False
 
     def scale(self, moments: Moments) -> Tensor:
         """Return the factor of each split and channel, [S, C], float64."""

@@ -40,8 +40,9 @@ def sync_split_batch_norm(
         eps: added to the variance, input units squared, positive.
         sync: False takes the statistics of this rank alone.
         process_group: the ranks to sum over; None is the default group.
-        impl: who computes: `"aten"` on any device with float64, `"cpu"` on an eager CPU, or None
-            to choose.
+        impl: who computes: `"aten"` on any device with float64, `"cpu"` on an eager CPU,
+            `"triton"` on CUDA (tested in Triton's interpreter, not yet run on a GPU), or None to
+            choose between the first two.
 
     Returns:
         The output, with the shape, type and memory format of `input`, and the moments over all

@@ -173,7 +173,7 @@ def test_model_without_the_layer_is_refused():
         (
             lambda: sync_split_batch_norm(torch.randn(4, 3), 2, impl="cuda"),
             ValueError,
-            "impl must be one of .*got 'cuda'",
+            "impl must be one of .*'triton' or None, got 'cuda'",
         ),
         (
             lambda: sync_split_batch_norm(torch.randn(4, 3), 2, torch.ones(2)),

@@ -79,7 +79,7 @@ def check(kernels, x, dy, splits, dtype):
         assert value.dtype == dtype, name
         assert value.shape == x.shape, name
         assert_near(value, truth, dtype, size=scale if name == "dx" else 1)
-    local = kernels.grad_sums(dy, x, splits, of_all)
+    local = kernels.grad_sums(dy, x, splits, of_all, affine)
     assert local.dtype == wide
     assert_near(local, sums, wide)
     bare = kernels.normalize(x, splits, of_all, Affine(None, None, 1e-5))
@@ -130,11 +130,26 @@ def test_kernels_take_empty_tensors(kernels, shape):
     for splits in ((n, n, n), torch.arange(shape[0]) % 3):
         moments = kernels.moments(x, splits, 3)
         assert moments.equal(torch.zeros(3, 7, dtype=torch.float64))
-        sums = kernels.grad_sums(x, x, splits, Moments(moments))
-        assert sums.equal(torch.zeros(3, 6))
         affine = Affine(None, None, 1e-5)
+        sums = kernels.grad_sums(x, x, splits, Moments(moments), affine)
+        assert sums.equal(torch.zeros(3, 6))
         assert kernels.normalize(x, splits, Moments(moments), affine).shape == shape
         assert kernels.grad_input(x, x, splits, Moments(moments), affine, sums).shape == shape
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+def test_kernels_take_a_relu_along(kernels, last):
+    torch.manual_seed(0)
+    x, dy = torch.randn(12, 5, 3, 3, requires_grad=True), torch.randn(12, 5, 3, 3)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weight, bias = torch.rand(2, 5), torch.randn(2, 5)
+    y, moments = sync_split_batch_norm(x, 2, weight, bias, impl="aten")
+    (dx,) = torch.autograd.grad(y.relu(), x, dy)
+    affine, x = Affine(weight, bias, 1e-5, relu=True), x.detach()
+    torch.testing.assert_close(kernels.normalize(x, (6, 6), moments, affine), y.detach().relu())
+    sums = kernels.grad_sums(dy, x, (6, 6), moments, affine)
+    torch.testing.assert_close(kernels.grad_input(dy, x, (6, 6), moments, affine, sums), dx)
 
 
 @pytest.mark.parametrize("impl", ["aten", "cpu"])
@@ -154,6 +169,13 @@ def test_named_kernels_serve_the_operation(impl):
 def test_cpu_kernels_refuse_other_devices():
     with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor, got"):
         sync_split_batch_norm(torch.zeros(4, 3, device="meta"), 2, impl="cpu")
+
+
+def test_triton_kernels_without_triton_or_cuda_are_refused():
+    with pytest.raises(
+        RuntimeError, match=r"impl='triton' must (have Triton|be given a CUDA tensor)"
+    ):
+        sync_split_batch_norm(torch.zeros(4, 3), 2, impl="triton")
 
 
 def test_second_derivative_through_named_kernels_is_refused():

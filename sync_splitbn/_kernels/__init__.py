@@ -3,17 +3,19 @@
 Each kernel module defines these functions, with N rows, S splits, C features and `splits` as in
 `_moments`. `x`, `dy` and the results like them are [N, C, ...] in any floating type and layout.
 `moments` returns the local packed moments, float64 [S, 2C + 1], each row [sum of x | sum of x^2 |
-count]; the others take the `Moments` of all ranks. `affine` holds eps, and weight and bias, [S, C]
-in the accumulation type (float32, or float64 for float64 input) or None:
+count]; the others take the `Moments` of all ranks. `affine` holds eps, weight and bias, [S, C]
+in the accumulation type (float32, or float64 for float64 input) or None, and whether a ReLU
+follows, through which the backward kernels then take dy:
 
     moments(x, splits, num_splits) -> local packed moments
     normalize(x, splits, moments, affine) -> y, like x
-    grad_sums(dy, x, splits, moments) -> local [sum of dy | sum of dy * (x - mean)], [S, 2C]
+    grad_sums(dy, x, splits, moments, affine) -> local [sum of dy | sum of dy * (x - mean)], [S, 2C]
     grad_input(dy, x, splits, moments, affine, sums) -> dx, like x
 
 `grad_sums` returns the accumulation type; `grad_input` takes its sum over all ranks.
 """
 
+import importlib.util
 from typing import Protocol, cast
 
 import torch
@@ -30,7 +32,9 @@ class Kernels(Protocol):
 
     def normalize(self, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor: ...
 
-    def grad_sums(self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments) -> Tensor: ...
+    def grad_sums(
+        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+    ) -> Tensor: ...
 
     def grad_input(
         self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
@@ -51,4 +55,12 @@ def choose(impl: str | None, x: Tensor) -> Kernels:
                 "pass impl=None to choose by device"
             )
         return cast(Kernels, cpu)
-    raise ValueError(f"impl must be one of 'aten', 'cpu' or None, got {impl!r}")
+    if impl == "triton":
+        # Imported where it is asked for: Triton is not everywhere.
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError(
+                "impl='triton' must have Triton to import, got none; install triton, or pass "
+                "impl=None to choose by device"
+            )
+        return cast(Kernels, importlib.import_module(f"{__name__}.triton"))
+    raise ValueError(f"impl must be one of 'aten', 'cpu', 'triton' or None, got {impl!r}")
