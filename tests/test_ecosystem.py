@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 
 from sync_splitbn import (
@@ -106,6 +107,14 @@ def test_functional_call_takes_other_parameters_and_buffers():
     x = torch.randn(6, 3, 5, 5)
     output = torch.func.functional_call(model, state, (x,))
     torch.testing.assert_close(output, twin(x))
+    parts = F.conv2d(x, state["0.weight"], state["0.bias"]).chunk(3)
+    for part, here, own in zip(
+        parts, output.chunk(3), ("1.", "1.aux_bn.0.", "1.aux_bn.1."), strict=True
+    ):
+        norm = F.batch_norm(
+            part, None, None, state[own + "weight"], state[own + "bias"], training=True
+        )
+        torch.testing.assert_close(here, norm.relu(), rtol=1e-4, atol=1e-5)
     for name, value in model.state_dict().items():
         assert value.equal(before[name]), "the module's own buffers must stay"
     for name, value in twin.state_dict().items():
