@@ -5,7 +5,7 @@ sizes of S contiguous sub-batches, a tensor holds the split of each row, [N].
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -55,9 +55,10 @@ class Moments:
     @classmethod
     def given(cls, mean: Tensor, var: Tensor) -> "Moments":
         """Return moments that have these statistics, [S, C], as those of one element."""
-        count = mean.new_ones(len(mean), 1)
-        moments = cls(torch.cat([mean, var + mean.square(), count], dim=1))
-        moments._per_element, moments._var = (mean, var + mean.square()), var
+        packed = torch.cat([mean, var + mean.square(), mean.new_ones(len(mean), 1)], dim=1)
+        moments = cls(packed)
+        # Not read back from the square, where a large mean would cost it digits.
+        moments._var = var
         return moments
 
     @property
@@ -103,3 +104,7 @@ class Affine:
         """Return the factor of each split and channel, [S, C], float64."""
         invstd = moments.invstd(self.eps)
         return invstd if self.weight is None else invstd * self.weight
+
+    def through_relu(self, dy: Tensor, output: Callable[[], Tensor]) -> Tensor:
+        """Return dy, 0 where a ReLU that follows cut the output off, which is asked for then."""
+        return torch.where(output() > 0, dy, 0) if self.relu else dy

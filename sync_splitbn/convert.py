@@ -210,7 +210,7 @@ def _convert(
     if isinstance(norm, SyncSplitBatchNorm):
         norm.process_group = process_group
         return
-    acts = _loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
+    acts = _timm_acts()
     ends_in_act = {cls.forward for cls in (*acts, *_timm_split())}
     active = type(norm).forward in ends_in_act and {"drop", "act"} <= norm._modules.keys()
     plain: type[_BatchNorm] = type(norm)
@@ -246,9 +246,13 @@ def _revert(layer: SyncSplitBatchNorm, split: int) -> None:
 
 def _known_forwards() -> set[Any]:
     """Return the forward functions whose mathematics is ours."""
-    acts = _loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
     known = (_BatchNorm, nn.SyncBatchNorm, SyncSplitBatchNorm, SyncSplitBatchNormAct)
-    return {cls.forward for cls in (*known, *acts, *_timm_split())}
+    return {cls.forward for cls in (*known, *_timm_acts(), *_timm_split())}
+
+
+def _timm_acts() -> tuple[Any, ...]:
+    """Return timm's layers with an activation, if they are there, the plain one first."""
+    return _loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
 
 
 def _timm_split() -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Te
 
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
-    dy = _through_relu(dy, x, splits, moments, affine)
+    dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
     dtype = accumulation_dtype(x.dtype)
     mean = moments.mean
     high = mean.to(dtype)
@@ -63,7 +63,7 @@ def grad_input(
     dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    dy = _through_relu(dy, x, splits, moments, affine)
+    dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
     dtype = accumulation_dtype(x.dtype)
     mean, scale = moments.mean, affine.scale(moments)
     per_element = sums.double() / moments.count.clamp(min=1).unsqueeze(1)
@@ -74,15 +74,6 @@ def grad_input(
     high, scale, slope, offset = _by_row(x, splits, high, scale, slope, offset)
     dx = torch.addcmul(offset, x.to(dtype) - high, slope)
     return torch.addcmul(dx, dy.to(dtype), scale).to(x.dtype)
-
-
-def _through_relu(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
-) -> Tensor:
-    """Return dy, 0 where a ReLU that follows cut the output off."""
-    if not affine.relu:
-        return dy
-    return torch.where(normalize(x, splits, moments, affine) > 0, dy, 0)
 
 
 def _sum_by_split(by_row: Tensor, splits: Splits, num_splits: int) -> Tensor:

@@ -120,7 +120,7 @@ def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Te
 
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
-    dy = _through_relu(dy, x, splits, moments, affine)
+    dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
     num_splits = len(moments.count)
     layout = _Layout(x, splits, num_splits)
     high = moments.mean.to(accumulation_dtype(x.dtype))
@@ -143,22 +143,13 @@ def grad_input(
     dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    dy = _through_relu(dy, x, splits, moments, affine)
+    dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
     scale = affine.scale(moments)
     per_element = sums / moments.count.clamp(min=1).unsqueeze(1)
     mean_dy, mean_dy_xmu = per_element.chunk(2, dim=1)
     slope = mean_dy_xmu / (moments.var + affine.eps) * -scale
     origin, beyond = _origin(x, moments, affine)
     return _map_rows(x, splits, _Map(origin, slope, slope * beyond - scale * mean_dy, scale), dy)
-
-
-def _through_relu(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
-) -> Tensor:
-    """Return dy, 0 where a ReLU that follows cut the output off."""
-    if not affine.relu:
-        return dy
-    return torch.where(normalize(x, splits, moments, affine) > 0, dy, 0)
 
 
 class _Map(NamedTuple):
