@@ -34,22 +34,25 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         eps: float,
         group: Any,
         impl: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y, like x, and the global moments, [S, 2C + 1]."""
+    ) -> tuple[Tensor, ...]:
+        """Return y, like x, the global moments, [S, 2C + 1], and their mean and var, [S, C]."""
         kernels = _kernels.choose(impl, x)
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
-        ctx.sizes = None if isinstance(splits, Tensor) else splits
-        ctx.save_for_backward(x, weight, packed, _saved(splits, x))
-        ctx.eps, ctx.group, ctx.impl = eps, group, impl
-        ctx.mark_non_differentiable(packed)
         moments = Moments(packed)
-        return kernels.normalize(x, splits, moments, Affine(weight, bias, eps)), packed
+        ctx.sizes = None if isinstance(splits, Tensor) else splits
+        described = packed, moments.mean, moments.var
+        ctx.save_for_backward(x, weight, _saved(splits, x), *described)
+        ctx.eps, ctx.group, ctx.impl = eps, group, impl
+        ctx.mark_non_differentiable(*described)
+        ctx.set_materialize_grads(False)
+        return kernels.normalize(x, splits, moments, Affine(weight, bias, eps)), *described
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, summed over ranks, and of weight and bias, local for DDP."""
-        dy = grads[0]
-        x, weight, packed, index = ctx.saved_tensors
+        x, weight, index, *described = ctx.saved_tensors
+        # Not left out where nothing came: the other ranks expect this one's sums.
+        dy = torch.zeros_like(x) if grads[0] is None else grads[0]
         splits = index if ctx.sizes is None else ctx.sizes
         kernels = _kernels.choose(ctx.impl, x)
         total = all_reduce_copy
@@ -62,8 +65,8 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             # Under create_graph the saved moments would pass for constants: have them, and all
             # that follows, as functions of x.
             kernels, total = _kernels.choose("aten", x), differentiable_all_reduce
-            packed = total(kernels.moments(x, splits, packed.shape[0]), ctx.group)
-        moments = Moments(packed)
+            described = [total(kernels.moments(x, splits, len(described[0])), ctx.group)]
+        moments = Moments(*described)
         affine = Affine(weight, None, ctx.eps)
         local = kernels.grad_sums(dy, x, splits, moments, affine)
         dx = dweight = dbias = None

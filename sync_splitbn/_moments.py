@@ -7,7 +7,7 @@ sizes of S contiguous sub-batches, a tensor holds the split of each row, [N].
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which elements of `dtype` are summed: float32, or wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Moments:
@@ -43,52 +43,60 @@ class Moments:
     Attributes:
         packed: the tensor that travels, float64, shape [S, 2C + 1]: each row is
             [sum of values | sum of squared values | count].
-        count: elements per channel of each split, float64, shape [S].
     """
 
-    def __init__(self, packed: Tensor) -> None:
+    def __init__(
+        self, packed: Tensor, mean: Tensor | None = None, var: Tensor | None = None
+    ) -> None:
         self.packed = packed
-        self.count = packed[:, -1]
-        self._per_element: tuple[Tensor, ...] | None = None
-        self._var: Tensor | None = None
+        self._mean, self._var = mean, var
+        self._invstd: dict[float, Tensor] = {}
 
     @classmethod
     def given(cls, mean: Tensor, var: Tensor) -> "Moments":
         """Return moments that have these statistics, [S, C], as those of one element."""
         packed = torch.cat([mean, var + mean.square(), mean.new_ones(len(mean), 1)], dim=1)
-        moments = cls(packed)
         # Not read back from the square, where a large mean would cost it digits.
-        moments._var = var
-        return moments
+        return cls(packed, mean, var)
+
+    @property
+    def count(self) -> Tensor:
+        """Elements per channel, [S], float64."""
+        return self.packed[:, -1]
 
     @property
     def mean(self) -> Tensor:
         """Mean, [S, C], input units; 0 where a split is empty."""
-        return self._means()[0]
+        if self._mean is None:
+            self._compute()
+        return cast(Tensor, self._mean)
 
     @property
     def var(self) -> Tensor:
         """Biased variance, [S, C], input units squared; 0 where a split is empty."""
         if self._var is None:
-            mean, square = self._means()
-            self._var = torch.addcmul(square, mean, mean, value=-1).clamp(min=0)
-        return self._var
+            self._compute()
+        return cast(Tensor, self._var)
 
     @property
     def unbiased_var(self) -> Tensor:
         """Unbiased variance, [S, C], input units squared; 0 where a split has one element."""
-        return self.var * (self.count / (self.count - 1).clamp(min=1)).unsqueeze(1)
+        count = self.packed[:, -1:]
+        return self.var * (count / (count - 1).clamp(min=1))
 
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""
-        return (self.var + eps).rsqrt()
+        if eps not in self._invstd:
+            self._invstd[eps] = (self.var + eps).rsqrt()
+        return self._invstd[eps]
 
-    def _means(self) -> tuple[Tensor, ...]:
-        """Means of the values and of their squares, [S, C] each."""
-        if self._per_element is None:
-            means = self.packed[:, :-1] / self.count.clamp(min=1).unsqueeze(1)
-            self._per_element = means.chunk(2, dim=1)
-        return self._per_element
+    def per_element(self, sums: Tensor) -> Tensor:
+        """Return sums per split, [S, K], divided by its count; 0 where a split is empty."""
+        return sums / self.packed[:, -1:].clamp(min=1)
+
+    def _compute(self) -> None:
+        self._mean, square = self.per_element(self.packed[:, :-1]).chunk(2, dim=1)
+        self._var = torch.addcmul(square, self._mean, self._mean, value=-1).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def sync_split_batch_norm(
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     splits = check_splits(input, num_splits, sizes, index)
-    output, packed = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    output, *described = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
         _by_split("weight", weight, input, num_splits),
         _by_split("bias", bias, input, num_splits),
@@ -89,7 +89,7 @@ def sync_split_batch_norm(
         resolve_group(process_group) if sync else None,
         impl,
     )
-    return output, Moments(packed)
+    return output, Moments(*described)
 
 
 def normalize_rows(
@@ -206,4 +206,5 @@ def _by_split(name: str, value: Tensor | None, input: Tensor, num_splits: int) -
             f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, "
             f"got {list(value.shape)}"
         )
-    return value.to(accumulation_dtype(input.dtype)).expand(num_splits, features)
+    value = value.to(accumulation_dtype(input.dtype))
+    return value if value.dim() == 2 else value.expand(num_splits, features)

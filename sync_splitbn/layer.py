@@ -128,18 +128,19 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         """Move every split's running statistics, on the device, by the moments of all ranks."""
         splits = list(self._splits())
         trackers = [stats.num_batches_tracked for stats in splits]
+        running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
         # A split without elements tells nothing, one with a single element no variance.
-        seen, several = moments.count > 0, moments.count > 1
-        torch._foreach_add_(trackers, list(seen.to(torch.int64)))
+        count = moments.packed[:, -1:]
+        seen, several = count > 0, count > 1
+        torch._foreach_add_(trackers, seen.long().flatten().unbind())
         step: Any = self.momentum
         if step is None:
             tracked = torch.stack(trackers)
             step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)
-        running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
-        before = torch.stack(running)
-        moved = before + (torch.cat([moments.mean, moments.unbiased_var]) - before) * step
-        kept = torch.where(torch.cat([seen, several]).unsqueeze(1), moved, before)
-        torch._foreach_copy_(running, list(kept))
+        before = torch.stack(running).double()
+        told = torch.cat([moments.mean, moments.unbiased_var])
+        kept = torch.where(torch.cat([seen, several]), torch.lerp(before, told, step), before)
+        torch._foreach_copy_(running, kept.unbind())
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""

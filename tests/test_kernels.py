@@ -93,7 +93,8 @@ def blocks(request, monkeypatch):
     """Also cut small tensors into many blocks."""
     if request.param == "blocks":
         monkeypatch.setattr(cpu, "BLOCK", 16)
-        monkeypatch.setattr(cpu, "POSITIONS", 3)
+        monkeypatch.setattr(cpu, "SMALL", 0)
+        monkeypatch.setattr(cpu, "WIDTH", 7)
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
