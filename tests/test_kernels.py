@@ -1,10 +1,13 @@
 """Each kernel module computes the four formulas of the design, whatever the layout and the type."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from sync_splitbn import sync_split_batch_norm
-from sync_splitbn._kernels import aten, choose, cpu
+from sync_splitbn._kernels import _layout, aten, choose, cpu
 from sync_splitbn._moments import Affine, Moments
 
 SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
@@ -92,9 +95,9 @@ def check(kernels, x, dy, splits, dtype):
 def blocks(request, monkeypatch):
     """Also cut small tensors into many blocks."""
     if request.param == "blocks":
-        monkeypatch.setattr(cpu, "BLOCK", 16)
-        monkeypatch.setattr(cpu, "SMALL", 0)
-        monkeypatch.setattr(cpu, "WIDTH", 7)
+        monkeypatch.setattr(_layout, "BLOCK", 16)
+        for constant, value in {"PIECE": 5, "SMALL": 0, "WIDTH": 7}.items():
+            monkeypatch.setattr(cpu, constant, value)
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -111,7 +114,7 @@ def test_kernels_compute_their_definition(kernels, shape, splits, dtype, blocks)
         check(kernels, x, dy.movedim(1, -1).contiguous().movedim(-1, 1), SPLITS[splits], dtype)
 
 
-@pytest.mark.parametrize("far", [63, 100, 1e4])
+@pytest.mark.parametrize("far", [3, 5, 63, 100, 1e4])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
 def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
@@ -121,6 +124,56 @@ def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
         x = x.contiguous(memory_format=torch.channels_last)
     for splits in SPLITS.values():
         check(kernels, x, dy, splits, torch.float32)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(3, 2, 301, 301), (15, 40, 28, 28), (6, 700, 7, 7)], ids=str)
+def test_cpu_kernels_keep_the_digits_of_many_values(shape, last):
+    """ATen's sums, which serve here, are float32: of 90,000 values at once they are off by 2e-6."""
+    torch.manual_seed(0)
+    around = torch.randn(shape)
+    for far in (0, 1, 3.9, 4.1, 30, 100, 1e4):
+        x = around + far
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        n = shape[0] // 3
+        found = Moments(cpu.moments(x, (n, n, n), 3))
+        parts = [part.double().transpose(0, 1).flatten(1) for part in x.split(n)]
+        var = torch.stack([part.var(1, correction=0) for part in parts])
+        assert ((found.var - var).abs() / var).max() < 1e-6, far
+        off = (found.mean - torch.stack([part.mean(1) for part in parts])).abs() / var.sqrt()
+        assert off.max() < 2e-6, far
+
+
+def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
+    torch.manual_seed(0)
+    xs = [torch.randn(12, 16, 40, 40) * scale for scale in (1, 100)]
+    alone = [sync_split_batch_norm(x, 3)[0] for x in xs]
+    start = threading.Barrier(2)
+
+    def normalize(x):
+        start.wait()
+        return [sync_split_batch_norm(x, 3)[0] for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for expected, found in zip(alone, pool.map(normalize, xs), strict=True):
+            for y in found:
+                torch.testing.assert_close(y, expected)
+
+
+def test_cpu_kernels_train_after_inference_mode():
+    """What was allocated in inference mode may not be written to outside it."""
+
+    def step():
+        x = torch.randn(12, 16, 40, 40).bfloat16()
+        with torch.inference_mode():
+            sync_split_batch_norm(x, 3)
+        x.requires_grad_()
+        sync_split_batch_norm(x, 3)[0].sum().backward()
+        return x.grad is not None
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(step).result()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0)], ids=str)
