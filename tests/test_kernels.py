@@ -11,6 +11,8 @@ from sync_splitbn._kernels import _layout, aten, choose, cpu
 from sync_splitbn._moments import Affine, Moments
 
 SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
+# Long rows, many rows, and neither.
+SHAPES_OF_MANY = [(3, 2, 301, 301), (3, 512, 101, 101), (15, 40, 28, 28), (6, 700, 7, 7)]
 SPLITS = {
     "equal": (4, 4, 4),
     "uneven": (1, 8, 3),
@@ -127,7 +129,7 @@ def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("shape", [(3, 2, 301, 301), (15, 40, 28, 28), (6, 700, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES_OF_MANY, ids=str)
 def test_cpu_kernels_keep_the_digits_of_many_values(shape, last):
     """ATen's sums, which serve here, are float32: of 90,000 values at once they are off by 2e-6."""
     torch.manual_seed(0)

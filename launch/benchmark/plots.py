@@ -7,11 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from .benchmark_report import number, summarize, times
+from .report import number, summarize, times
 
 # Ours in blue, its kernels by name in lighter blues, peers apart from it and from each other.
 _COLORS = {
     "ours": "#08519c",
+    "own-group": "#6baed6",
     "aten": "#9ecae1",
     "cpu": "#4292c6",
     "triton": "#4292c6",

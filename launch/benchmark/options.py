@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .benchmark_cases import DIRECTIONS, LAYOUTS, NETWORKS
-from .benchmark_contenders import NAMES
+from .cases import DIRECTIONS, LAYOUTS, NETWORKS
+from .contenders import NAMES
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WORLDS = (1, 2, 4, 8)
@@ -114,7 +114,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=NAMES,
         metavar="NAME",
-        help=f"some of {', '.join(NAMES)} (default: all, plain-compiled only with --model)",
+        help=f"some of {', '.join(NAMES)} (default: all, plain-compiled and "
+        "own-group only with --model)",
     )
     group.add_argument(
         "--image-size",

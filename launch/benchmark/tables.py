@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from .benchmark_cases import FLOOR
-from .benchmark_report import WIDTH, cut, number, summarize, table, times
-from .benchmark_wire import GPUS_PER_NODE, GROUPS, ONE_NODE, TWO_NODES, per_doubling
+from .cases import FLOOR
+from .report import WIDTH, cut, number, summarize, table, times
+from .wire import GPUS_PER_NODE, GROUPS, ONE_NODE, TWO_NODES, per_doubling
 
 _CASE_LEGEND = (
     "ours is    how many times as fast ours is as the contender of the line",
@@ -41,6 +41,10 @@ def heading(header: dict[str, Any], labels: dict[str, str], missing: dict[str, s
         *(f"  {name:<16}{label}" for name, label in labels.items()),
         *(f"  {name:<16}not run: {why}" for name, why in missing.items()),
     ]
+    if header["memory_kept"]:
+        lines.append(
+            "Freed memory is kept for the next tensor (mallopt), as caching allocators do."
+        )
     if header["device"] == "cpu" and header["ranks"] > 1:
         lines.append(f"{ranks} share the {header['cores']} cores of this machine.")
     return [cut(line) for line in lines]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .benchmark_cases import LAYOUTS, Setting
-from .benchmark_contenders import Contender
-from .benchmark_counts import peak_bytes
-from .benchmark_layers import Bench, measure_messages
-from .benchmark_measure import Step, in_turn, warm_up
+from .cases import LAYOUTS, Setting
+from .contenders import Contender
+from .counts import peak_bytes
+from .layers import Bench, measure_messages
+from .measure import Step, in_turn, warm_up
 
 _CLASSES = 1000
 
@@ -79,7 +79,7 @@ def architecture() -> tuple[Callable[[], nn.Module], str]:
     try:
         from torchvision.models import resnet50 as theirs
     except (ImportError, RuntimeError):  # the latter beside a torch that it was not built for
-        return resnet50, "launch.benchmark_model"
+        return resnet50, "launch.benchmark.model"
     return theirs, f"torchvision {metadata.version('torchvision')}"
 
 

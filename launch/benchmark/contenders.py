@@ -11,15 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sync_splitbn import SyncSplitBatchNorm
 
-from .benchmark_measure import reason
-from .benchmark_peers import MeansOverRanks, Operation, OursAlone, PerSplit, SyncBatchNormAlone
+from .measure import reason
+from .peers import MeansOverRanks, Operation, OursAlone, PerSplit, SyncBatchNormAlone
 
 _IMPLS = ("aten", "cpu", "triton")
-NAMES = ("ours", *_IMPLS, "compiled", "timm", "sync-bn", "all-reduce", "plain", "plain-compiled")
+NAMES = (
+    "ours",
+    "own-group",
+    *_IMPLS,
+    "compiled",
+    "timm",
+    "sync-bn",
+    "all-reduce",
+    "plain",
+    "plain-compiled",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ def contenders(
             layer(torch.ones(1, 2, 2, 2, device=device)).sum().backward()
         except Exception as error:  # no such module, no Triton, no GPU, no driver
             missing[impl] = reason(error)
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        missing["own-group"] = "there is one rank, which sends nothing"
     if device.type == "cpu":
         missing["sync-bn"] = "nn.SyncBatchNorm refuses CPU tensors where there are several ranks"
     able = [one for one in _all(alone) if one.name in wanted and one.name not in missing]
@@ -68,6 +81,9 @@ def _all(alone: bool) -> list[Contender]:
     timm, timm_label = _timm()
     return [
         Contender("ours", f"SyncSplitBatchNorm{posted}", OursAlone if alone else _ours),
+        Contender(
+            "own-group", "SyncSplitBatchNorm in a process group apart from DDP's", _ours_apart
+        ),
         *(
             Contender(
                 impl,
@@ -99,6 +115,15 @@ def _all(alone: bool) -> list[Contender]:
 
 def _ours(features: int, splits: int) -> nn.Module:
     return SyncSplitBatchNorm(features, num_splits=splits)
+
+
+def _ours_apart(features: int, splits: int) -> nn.Module:
+    return SyncSplitBatchNorm(features, num_splits=splits, process_group=_own_group())
+
+
+@functools.cache
+def _own_group() -> dist.ProcessGroup:
+    return dist.new_group()
 
 
 def _plain(features: int, splits: int) -> nn.Module:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .benchmark_cases import FLOOR, Case, Setting
-from .benchmark_contenders import Contender
-from .benchmark_counts import Message, bytes_moved, count_messages, messages_of, peak_bytes, post
-from .benchmark_measure import Spread, Step, Stopwatch, in_turn, warm_up
+from .cases import FLOOR, Case, Setting
+from .contenders import Contender
+from .counts import Message, bytes_moved, count_messages, messages_of, peak_bytes, post
+from .measure import Spread, Step, Stopwatch, in_turn, warm_up
 
 # Large enough that nothing but a kernel's own blocks stays in a cache.
 _TRAFFIC_SHAPE = (64, 56, 56)

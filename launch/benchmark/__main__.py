@@ -1,4 +1,4 @@
-"""Our layer beside its peers, on this machine; `python -m launch.benchmark --help` says how.
+"""What `python -m launch.benchmark` does.
 
 S splits, W ranks, V bytes of a layer's input.
 """
@@ -20,16 +20,17 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .benchmark_cases import NETWORKS, Setting, cases
-from .benchmark_contenders import NAMES, Contender, contenders
-from .benchmark_layers import Bench, measure, traffic
-from .benchmark_measure import Stopwatch
-from .benchmark_model import measure_model, model_settings
-from .benchmark_options import parse_arguments
-from .benchmark_plots import plot_layers, plot_model, plot_scaling
-from .benchmark_report import Report, header, summarize
-from .benchmark_scaling import measure_world
-from .benchmark_tables import (
+from ..start import start
+from .cases import NETWORKS, Setting, cases
+from .contenders import NAMES, Contender, contenders
+from .layers import Bench, measure, traffic
+from .measure import Stopwatch, keep_memory
+from .model import measure_model, model_settings
+from .options import parse_arguments
+from .plots import plot_layers, plot_model, plot_scaling
+from .report import Report, header, summarize
+from .scaling import measure_world
+from .tables import (
     case_legend,
     case_table,
     heading,
@@ -39,11 +40,10 @@ from .benchmark_tables import (
     summary_table,
     wire_table,
 )
-from .benchmark_wire import estimate
-from .start import start
+from .wire import estimate
 
-# Beside layers it would double the time that compilation takes.
-_MODEL_ONLY = "plain-compiled"
+# Beside layers the one would double the time that compilation takes, and the other equal ours.
+_MODEL_ONLY = ("plain-compiled", "own-group")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,10 +154,11 @@ def _prepare(
 ) -> tuple[list[Contender], Report, Bench]:
     """Return who takes part, the report with its heading printed, and the means of measuring."""
     device = torch.device(accelerator.device.type)
-    wanted = options.contenders or [one for one in NAMES if options.model or one != _MODEL_ONLY]
+    wanted = options.contenders or [one for one in NAMES if options.model or one not in _MODEL_ONLY]
     able, missing = contenders(device, wanted, alone=options.collectives_alone)
     labels = {one.name: one.label for one in able}
     about = header(device, accelerator.num_processes, words)
+    about["memory_kept"] = device.type == "cpu" and keep_memory()
     report = Report(
         options.output / f"{name}.json",
         main=accelerator.is_main_process,

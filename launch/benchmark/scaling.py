@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from .benchmark_cases import NETWORKS, Case, Setting
-from .benchmark_contenders import contenders
-from .benchmark_counts import Message, messages_of, post
-from .benchmark_layers import layer_step
-from .benchmark_measure import Spread, Step, Stopwatch, in_turn
+from .cases import NETWORKS, Case, Setting
+from .contenders import contenders
+from .counts import Message, messages_of, post
+from .layers import layer_step
+from .measure import Spread, Step, Stopwatch, in_turn
 
 _NAMES = ["ours", "all-reduce"]
 _MINUTES = 5

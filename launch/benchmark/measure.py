@@ -1,5 +1,6 @@
 """How the benchmark takes time: contenders in turn, medians, the slowest rank's clock."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 WARM_UP = 3
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # Ticks of a GPU's clock per second, rather too many than too few.
 _TICKS = 2.5e9
 
@@ -90,6 +93,19 @@ class Stopwatch:
             dist.barrier()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+
+
+def keep_memory() -> bool:
+    """Have the C library keep what is freed, as caching allocators do; return whether it could.
+
+    Otherwise large tensors come from the system and go back to it every time, page by page, which
+    takes as long as what is measured and depends on who freed what before.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
 
 
 def warm_up(

@@ -1,0 +1,1 @@
+"""Our layer beside its peers, on this machine: `python -m launch.benchmark --help` says how."""
