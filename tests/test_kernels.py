@@ -178,6 +178,19 @@ def test_cpu_kernels_train_after_inference_mode():
         assert pool.submit(step).result()
 
 
+def test_cpu_kernels_keep_no_more_memory_than_a_block(monkeypatch):
+    monkeypatch.setattr(_layout, "BLOCK", 1000)
+
+    def kept():
+        for shape in ((6, 4, 10, 10), (6, 4, 60, 60)):
+            x = torch.randn(shape).bfloat16().requires_grad_()
+            sync_split_batch_norm(x, 3)[0].sum().backward()
+        return [len(memory) for memory in _layout.scratch.kept.values()]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert 0 < max(pool.submit(kept).result()) <= 8 * 1000 * torch.get_num_threads()
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0)], ids=str)
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
 def test_kernels_take_empty_tensors(kernels, shape):

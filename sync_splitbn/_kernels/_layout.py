@@ -33,8 +33,7 @@ class Scratch(threading.local):
             return torch.empty_like(piece, dtype=dtype)
         memory = self.kept.get(slot)
         if memory is None or memory.numel() < size:
-            with torch.inference_mode(False):
-                memory = self.kept[slot] = torch.empty(size, dtype=torch.uint8)
+            memory = self.kept[slot] = torch.empty(size, dtype=torch.uint8)
         return memory[:size].view(dtype).view(piece.shape)
 
 
