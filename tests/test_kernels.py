@@ -147,6 +147,12 @@ def test_cpu_kernels_keep_the_digits_of_many_values(shape, last):
         assert off.max() < 2e-6, far
 
 
+def test_moments_give_the_inverse_deviation_of_each_eps():
+    moments = Moments(torch.tensor([[4.0, 10.0, 2.0]], dtype=torch.float64))  # of 1 and 3
+    for eps in (3.0, 8.0, 3.0):
+        assert moments.invstd(eps).item() == pytest.approx((1 + eps) ** -0.5)
+
+
 def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
     torch.manual_seed(0)
     xs = [torch.randn(12, 16, 40, 40) * scale for scale in (1, 100)]
