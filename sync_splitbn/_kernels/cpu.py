@@ -162,7 +162,8 @@ def _row_moments(parts: Sequence[Tensor]) -> Tensor:
     means, squares = stats.unbind(1)
     squares.addcmul_(means, means)
     stats *= torch.tensor([float(len(piece)) for piece in pieces]).view(-1, 1, 1, 1)
-    return stats.view(len(parts), -1, 2, fold, features).sum((1, 3)).flatten(1)
+    # One dimension after the other: over several at once, such a sum is slow.
+    return stats.view(len(parts), -1, 2, fold, features).sum(1).sum(2).flatten(1)
 
 
 def _centred_sums(xs: Sequence[Tensor], means: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _backward_sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Te
         # when the next channel comes. A long row is added up in float32, and so it is cut.
         depth = max((4 * PIECE if dys is None else PIECE) // (features * length[0]), 1)
         least = -(-length[0] // WIDTH)
-        fold = next((fold for fold in range(least, 4 * least) if length[0] % fold == 0), 1)
+        fold = next((fold for fold in range(least, 8 * least) if length[0] % fold == 0), 1)
         view, channels = (-1, features * fold, length[0] // fold), (features, fold)
         means = means.repeat_interleave(fold, dim=1)
     zero, one = torch.zeros_like(means[0]), torch.ones_like(means[0])
@@ -204,8 +205,8 @@ def _backward_sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Te
                 up, piece, one, None, None, at, one, True, 0.0, [False, True, True]
             )
             found += [plain, products]
-    sums = torch.stack(found).view(len(xs), -1, 2, *channels)
-    return sums.sum((1, 4 if length else 3), dtype=torch.float64).flatten(1)
+    sums = torch.stack(found).double().view(len(xs), -1, 2, *channels)
+    return sums.sum(1).sum(3 if length else 2).flatten(1)
 
 
 def _fold(rows: int, features: int) -> int:
