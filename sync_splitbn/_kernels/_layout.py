@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._moments import Splits
 
-# Elements of a block of one thread: 4 MiB of float32, about what a core's own caches hold.
-BLOCK = 2**20
+# Elements of a block of one thread: 2 MiB of float32, about what its own caches hold.
+BLOCK = 2**19
 
 
 class Scratch(threading.local):
