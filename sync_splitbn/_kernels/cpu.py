@@ -38,15 +38,20 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
         piece = flat.view(num_splits, -1, *flat.shape[1:])
         wide = scratch.like(piece, torch.float64).copy_(piece)
         return torch.cat([wide.sum(layout.dims), wide.square_().sum(layout.dims), count], dim=1)
-    near = False
-    if layout.last:
-        sums = layout.by_split(_row_moments, [flat])
+    dtype, near = accumulation_dtype(x.dtype), False
+    if layout.last or dtype != x.dtype:
+        if layout.last:
+            sums = layout.by_split(_row_moments, [flat])
+        else:
+            # Beside the rounding of half precision, that of these sums is nothing.
+            zeros = torch.zeros(num_splits, layout.features, dtype=dtype)
+            sums = layout.by_split(_backward_sums, [flat, flat], zeros)
         means, squares = (sums / count.clamp(min=1)).chunk(2, dim=1)
         near = not bool((squares < means.square_() * (1 + NEAR**-2)).any())
     if not near:
         # Any shift to among the values will do, and a mean of an eighth of them is: where these
         # are far from the others, the variance is so large that the rest is little beside it.
-        dtype, dims = accumulation_dtype(x.dtype), 0 if layout.last else (0, 2)
+        dims = 0 if layout.last else (0, 2)
         some = [part[::8].mean(dims, dtype=dtype) for part in flat.split(layout.rows)]
         shift = torch.stack(some).nan_to_num_(0, 0, 0)
         rest, squares = layout.by_split(_centred_sums, [flat], shift).chunk(2, dim=1)
@@ -115,32 +120,48 @@ def _map_rows(
     if dy is not None:
         flats.append(layout.flat(dy))
     # From the end, where the pass before this one left off: that is in the cache still.
-    for split, (result, source, *upstream) in layout.blocks(*flats, reverse=True):
-        mine = packed if split == slice(None) else packed[:, split]
-        scale, shift, *more = layout.over(mine).unbind()
-        target = result
-        if x.dtype != dtype:
-            target = source = scratch.like(source, dtype).copy_(source)
-            upstream = [scratch.like(t, dtype, slot=1).copy_(t) for t in upstream]
-        if origin is not None:
-            source = torch.sub(source, more[-1], out=target)
-        # With two values that stay the same along the positions, addcmul is not vectorized.
-        if layout.last:
-            torch.addcmul(shift, source, scale, out=target)
+    for split, (result, *sources) in layout.blocks(*flats, reverse=True):
+        mine = layout.over(packed if split == slice(None) else packed[:, split]).unbind()
+        if x.dtype == dtype:
+            _write(result, sources, mine, layout.last)
+        elif len(mine) == 2:
+            for of in zip(sources[0], *(value.flatten(1) for value in mine), result, strict=True):
+                _native_map(*of)
         else:
-            torch.mul(source, scale, out=target)
-        if upstream:
-            target.addcmul_(upstream[0], more[0])
-        if not layout.last:
-            target += shift
-        if target is not result:
-            result.copy_(target)
+            wide = [scratch.like(t, dtype, slot).copy_(t) for slot, t in enumerate(sources)]
+            _write(wide[0], wide, mine, layout.last)
+            result.copy_(wide[0])
     if layout.order is None:
         return output
     # Rows were written in the order of their splits.
     placed = torch.empty_like(output)
     placed[layout.order] = output
     return placed
+
+
+def _write(target: Tensor, sources: list[Tensor], values: Sequence[Tensor], last: bool) -> None:
+    """Write what `_map_rows` returns of x, and dy, into `target`, which may be x."""
+    source, *upstream = sources
+    scale, shift, *more = values
+    if len(more) > len(upstream):
+        source = torch.sub(source, more[-1], out=target)
+    # With two values that stay the same along the positions, addcmul is not vectorized.
+    if last:
+        torch.addcmul(shift, source, scale, out=target)
+    else:
+        torch.mul(source, scale, out=target)
+    if upstream:
+        target.addcmul_(upstream[0], more[0])
+    if not last:
+        target += shift
+
+
+def _native_map(x: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
+    """Write `x * scale + shift` per channel of [n, C, L] or [n, C]: half precision in one pass."""
+    none, zero, one = scale.new_empty(0), torch.zeros_like(scale), torch.ones_like(scale)
+    torch.ops.aten.native_batch_norm.out(
+        x, scale, shift, zero, one, False, 0.0, 0.0, out=output, save_mean=none, save_invstd=none
+    )
 
 
 def _row_moments(parts: Sequence[Tensor]) -> Tensor:
@@ -199,8 +220,10 @@ def _backward_sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Te
             at = mean
             if dys is None:
                 column, at = mean.view(-1, *(1 for _ in length)), zero
-                up = torch.sub(piece, column, out=scratch.like(piece, mean.dtype))
-                piece = up
+                out = scratch.like(piece, mean.dtype)
+                # Of two types, an operator makes one in memory of its own first.
+                wide = piece if piece.dtype == out.dtype else out.copy_(piece)
+                piece = up = torch.sub(wide, column, out=out)
             _, products, plain = torch.ops.aten.native_batch_norm_backward(
                 up, piece, one, None, None, at, one, True, 0.0, [False, True, True]
             )
