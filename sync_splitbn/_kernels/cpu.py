@@ -38,20 +38,15 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
         piece = flat.view(num_splits, -1, *flat.shape[1:])
         wide = scratch.like(piece, torch.float64).copy_(piece)
         return torch.cat([wide.sum(layout.dims), wide.square_().sum(layout.dims), count], dim=1)
-    dtype, near = accumulation_dtype(x.dtype), False
-    if layout.last or dtype != x.dtype:
-        if layout.last:
-            sums = layout.by_split(_row_moments, [flat])
-        else:
-            # Beside the rounding of half precision, that of these sums is nothing.
-            zeros = torch.zeros(num_splits, layout.features, dtype=dtype)
-            sums = layout.by_split(_backward_sums, [flat, flat], zeros)
+    near = False
+    if layout.last:
+        sums = layout.by_split(_row_moments, [flat])
         means, squares = (sums / count.clamp(min=1)).chunk(2, dim=1)
         near = not bool((squares < means.square_() * (1 + NEAR**-2)).any())
     if not near:
         # Any shift to among the values will do, and a mean of an eighth of them is: where these
         # are far from the others, the variance is so large that the rest is little beside it.
-        dims = 0 if layout.last else (0, 2)
+        dtype, dims = accumulation_dtype(x.dtype), 0 if layout.last else (0, 2)
         some = [part[::8].mean(dims, dtype=dtype) for part in flat.split(layout.rows)]
         shift = torch.stack(some).nan_to_num_(0, 0, 0)
         rest, squares = layout.by_split(_centred_sums, [flat], shift).chunk(2, dim=1)
@@ -213,23 +208,33 @@ def _backward_sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Te
         fold = next((fold for fold in range(least, 8 * least) if length[0] % fold == 0), 1)
         view, channels = (-1, features * fold, length[0] // fold), (features, fold)
         means = means.repeat_interleave(fold, dim=1)
-    zero, one = torch.zeros_like(means[0]), torch.ones_like(means[0])
-    found: list[Tensor] = []
-    for dy, x, mean in zip(dys or xs, xs, means.unbind(), strict=True):
-        for up, piece in zip(dy.view(view).split(depth), x.view(view).split(depth), strict=True):
-            at = mean
-            if dys is None:
-                column, at = mean.view(-1, *(1 for _ in length)), zero
-                out = scratch.like(piece, mean.dtype)
-                # Of two types, an operator makes one in memory of its own first.
-                wide = piece if piece.dtype == out.dtype else out.copy_(piece)
-                piece = up = torch.sub(wide, column, out=out)
+    one, found = torch.ones_like(means[0]), []
+    for i, mean in enumerate(means.unbind()):
+        pieces = xs[i].view(view).split(depth)
+        ups = [None] * len(pieces) if dys is None else dys[i].view(view).split(depth)
+        for up, piece in zip(ups, pieces, strict=True):
+            dy, x, at = _pair(up, piece, mean)
             _, products, plain = torch.ops.aten.native_batch_norm_backward(
-                up, piece, one, None, None, at, one, True, 0.0, [False, True, True]
+                dy, x, one, None, None, at, one, True, 0.0, [False, True, True]
             )
             found += [plain, products]
     sums = torch.stack(found).double().view(len(xs), -1, 2, *channels)
     return sums.sum(1).sum(3 if length else 2).flatten(1)
+
+
+def _pair(dy: Tensor | None, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dy, x and the mean as ATen sums them best; for None, `x - mean` twice and zero."""
+    if dy is None:
+        out = scratch.like(x, mean.dtype)
+        # Of two types, an operator makes one in memory of its own first.
+        wide = x if x.dtype == mean.dtype else out.copy_(x)
+        centred = torch.sub(wide, mean if x.dim() == 2 else mean.unsqueeze(1), out=out)
+        return centred, centred, torch.zeros_like(mean)
+    if x.dim() > 2 and x.dtype != mean.dtype:
+        # Short rows of half precision take ATen several times as long.
+        wide = scratch.like(x, mean.dtype).copy_(x)
+        return scratch.like(dy, mean.dtype, slot=1).copy_(dy), wide, mean
+    return dy, x, mean
 
 
 def _fold(rows: int, features: int) -> int:
