@@ -56,8 +56,8 @@ def sync_split_batch_norm(
             time-out: let the same call be right on every rank.
 
     Numerics:
-        Local sums shifted to near the mean, in float32 or wider, totals in float64. A split
-        with one element normalizes with variance 0. Parameter gradients are sums over the local
+        Local sums in float32 or wider, taken near the mean or in short pieces, totals in
+        float64. A split with one element normalizes with variance 0. Parameter gradients are sums over the local
         rows, as DDP expects. Second derivatives are exact.
 
     Communication:
