@@ -22,7 +22,7 @@ SMALL = 2**16
 # Features that a row should have to be added to others at full speed, and positions at most.
 WIDTH = 2**9
 # Up to this |mean| / std, float32 holds the mean of a block well enough.
-NEAR = 4.0
+NEAR = 3.0
 # Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale.
 CLOSE = 64.0
 
