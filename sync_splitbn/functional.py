@@ -57,8 +57,8 @@ def sync_split_batch_norm(
 
     Numerics:
         Local sums in float32 or wider, taken near the mean or in short pieces, totals in
-        float64. A split with one element normalizes with variance 0. Parameter gradients are sums over the local
-        rows, as DDP expects. Second derivatives are exact.
+        float64. A split with one element normalizes with variance 0. Parameter gradients are
+        sums over the local rows, as DDP expects. Second derivatives are exact.
 
     Communication:
         Forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one all_reduce of
