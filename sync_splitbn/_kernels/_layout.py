@@ -17,6 +17,11 @@ from .._moments import Splits
 BLOCK = 2**19
 
 
+def block() -> int:
+    """Return the elements of a block that all threads work on."""
+    return BLOCK * torch.get_num_threads()
+
+
 class Scratch(threading.local):
     """Memory of a thread that outlives a call, up to a block; what it holds does not.
 
@@ -29,7 +34,7 @@ class Scratch(threading.local):
     def like(self, piece: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor:
         """Return a contiguous tensor shaped like `piece`, apart from those of other slots."""
         size = piece.numel() * dtype.itemsize
-        if piece.numel() > BLOCK * torch.get_num_threads():
+        if piece.numel() > block():
             return torch.empty_like(piece, dtype=dtype)
         memory = self.kept.get(slot)
         if memory is None or memory.numel() < size:
@@ -54,7 +59,6 @@ class Layout:
         self.rows = [size * self.length for size in splits] if self.last else list(splits)
         self.elements = x.numel()
         self.dims = 1 if self.last else (1, 3)
-        self.block = BLOCK * torch.get_num_threads()
         self.equal = self.elements > 0 and min(splits) == max(splits)
 
     def flat(self, tensor: Tensor, *, ordered: bool = True) -> Tensor:
@@ -81,25 +85,26 @@ class Layout:
             found.append(function(*([part] for part in parts), *mine))
         return torch.cat(found)
 
-    def blocks(self, *flats: Tensor, reverse: bool = False) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield pieces of tensors, [s, n, C, L] or [s, n, C], and whose they are.
+    def blocks(self, *flats: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Yield pieces of tensors, [s, n, C, L] or [s, n, C], and whose they are, from the end.
 
         They hold all s = S splits where these are equal and in one block together, else s = 1.
         """
         if not self.elements:
             return
-        if self.equal and self.elements <= self.block:
+        if self.equal and self.elements <= block():
             shape = (len(self.rows), self.rows[0], *flats[0].shape[1:])
             yield slice(None), [flat.view(shape) for flat in flats]
             return
-        few = max(self.block * sum(self.rows) // self.elements, 1)
+        few = max(block() * sum(self.rows) // self.elements, 1)
         stops = list(itertools.accumulate(self.rows))
         spans = [
             (slice(i, i + 1), slice(at, min(at + few, stop)))
             for i, (stop, rows) in enumerate(zip(stops, self.rows, strict=True))
             for at in range(stop - rows, stop, few)
         ]
-        for split, span in reversed(spans) if reverse else spans:
+        # There the pass before this one left off: that is in the cache still.
+        for split, span in reversed(spans):
             yield split, [flat[span].unsqueeze(0) for flat in flats]
 
     def over(self, values: Tensor) -> Tensor:

@@ -114,8 +114,7 @@ def _map_rows(
     flats = [layout.flat(output, ordered=False), layout.flat(x)]
     if dy is not None:
         flats.append(layout.flat(dy))
-    # From the end, where the pass before this one left off: that is in the cache still.
-    for split, (result, *sources) in layout.blocks(*flats, reverse=True):
+    for split, (result, *sources) in layout.blocks(*flats):
         mine = layout.over(packed if split == slice(None) else packed[:, split]).unbind()
         if x.dtype == dtype:
             _write(result, sources, mine, layout.last)
