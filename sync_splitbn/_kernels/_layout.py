@@ -4,7 +4,6 @@ N rows, S splits, C features, L positions per row. A tensor is seen as [N, C, L]
 channels are innermost, as [N * L, C].
 """
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -13,13 +12,8 @@ from torch import Tensor
 
 from .._moments import Splits
 
-# Elements of a block of one thread: 2 MiB of float32, about what its own caches hold.
-BLOCK = 2**19
-
-
-def block() -> int:
-    """Return the elements of a block that all threads work on."""
-    return BLOCK * torch.get_num_threads()
+# Elements of a block: what is read and written of it, 4 MiB of float32 each, stays in the cache.
+BLOCK = 2**20
 
 
 class Scratch(threading.local):
@@ -34,7 +28,7 @@ class Scratch(threading.local):
     def like(self, piece: Tensor, dtype: torch.dtype, slot: int = 0) -> Tensor:
         """Return a contiguous tensor shaped like `piece`, apart from those of other slots."""
         size = piece.numel() * dtype.itemsize
-        if piece.numel() > block():
+        if piece.numel() > BLOCK:
             return torch.empty_like(piece, dtype=dtype)
         memory = self.kept.get(slot)
         if memory is None or memory.numel() < size:
@@ -50,26 +44,24 @@ class Layout:
 
     def __init__(self, x: Tensor, splits: Splits, num_splits: int) -> None:
         self.features, self.length = x.shape[1], x.shape[2:].numel()
-        self.last = x.dim() == 2 or (x.stride(1) == 1 and x.movedim(1, -1).is_contiguous())
+        self.last = self.length == 1 or (
+            not x.is_contiguous() and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
+        )
         self.order: Tensor | None = None
         if isinstance(splits, Tensor):
             self.order = splits.argsort(stable=True)
             splits = tuple(splits.bincount(minlength=num_splits).tolist())
         self.sizes = splits
         self.rows = [size * self.length for size in splits] if self.last else list(splits)
-        self.elements = x.numel()
-        self.dims = 1 if self.last else (1, 3)
-        self.equal = self.elements > 0 and min(splits) == max(splits)
+        self.equal = min(splits) == max(splits)
 
     def flat(self, tensor: Tensor, *, ordered: bool = True) -> Tensor:
         """Return a tensor as [N, C, L] or [N * L, C], its rows in the order of their splits."""
         if self.order is not None and ordered:
             tensor = tensor[self.order]
-        if not self.last:
-            return tensor.contiguous().view(tensor.shape[0], self.features, self.length)
-        if tensor.dim() > 2:
-            tensor = tensor.movedim(1, -1).flatten(0, -2)
-        return tensor.contiguous()
+        if self.last:
+            return tensor.movedim(1, -1).reshape(-1, self.features).contiguous()
+        return tensor.contiguous().view(tensor.shape[0], self.features, self.length)
 
     def by_split(
         self, function: Callable[..., Tensor], flats: list[Tensor], *values: Tensor
@@ -85,31 +77,21 @@ class Layout:
             found.append(function(*([part] for part in parts), *mine))
         return torch.cat(found)
 
-    def blocks(self, *flats: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield pieces of tensors, [s, n, C, L] or [s, n, C], and whose they are, from the end.
-
-        They hold all s = S splits where these are equal and in one block together, else s = 1.
-        """
-        if not self.elements:
-            return
-        if self.equal and self.elements <= block():
-            shape = (len(self.rows), self.rows[0], *flats[0].shape[1:])
-            yield slice(None), [flat.view(shape) for flat in flats]
-            return
-        few = max(block() * sum(self.rows) // self.elements, 1)
-        stops = list(itertools.accumulate(self.rows))
-        spans = [
-            (slice(i, i + 1), slice(at, min(at + few, stop)))
-            for i, (stop, rows) in enumerate(zip(stops, self.rows, strict=True))
-            for at in range(stop - rows, stop, few)
-        ]
+    def blocks(self) -> Iterator[tuple[int, slice]]:
+        """Yield rows of a flat tensor in blocks, and whose they are, from the end."""
+        per_row = self.features * (1 if self.last else self.length)
+        few = max(BLOCK // max(per_row, 1), 1)
+        stop = sum(self.rows)
         # There the pass before this one left off: that is in the cache still.
-        for split, span in reversed(spans):
-            yield split, [flat[span].unsqueeze(0) for flat in flats]
+        for split in reversed(range(len(self.rows))):
+            start = stop - self.rows[split]
+            for at in reversed(range(start, stop, few)):
+                yield split, slice(at, min(at + few, stop))
+            stop = start
 
     def over(self, values: Tensor) -> Tensor:
-        """Return values [..., C] so that they broadcast over what `blocks` yields."""
-        return values.unsqueeze(-2) if self.last else values.unsqueeze(-2).unsqueeze(-1)
+        """Return values [..., C] so that they broadcast over a flat tensor."""
+        return values if self.last else values.unsqueeze(-1)
 
     def output(self, x: Tensor) -> Tensor:
         """Return a new tensor like `x`, of which `flat` is a view."""
