@@ -1,6 +1,7 @@
 """Forward and backward of synchronized split batch normalization, with one sum over ranks each."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ def _saved(splits: Splits, x: Tensor) -> Tensor | None:
     return None if torch.compiler.is_compiling() else x.new_empty((0, hash(splits) % 2**31))
 
 
+def _all_or_none(parameters: Sequence[Tensor | None]) -> Sequence[Tensor] | None:
+    """Return the parameters of all splits, or None where there are none."""
+    return None if parameters[0] is None else cast(Sequence[Tensor], parameters)
+
+
 class SyncSplitBatchNormFunction(torch.autograd.Function):
     """Normalize each split by its statistics over all ranks; also return the packed moments."""
 
@@ -27,34 +33,40 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
         splits: Splits,
         num_splits: int,
         eps: float,
         group: Any,
         impl: str | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Return y, like x, the global moments, [S, 2C + 1], and their mean and var, [S, C]."""
+        """Return y, like x, the global moments, [S, 2C + 1], and their mean and var, [S, C].
+
+        The parameters are S weights and S biases, [C] each, or None.
+        """
         kernels = _kernels.choose(impl, x)
         packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
         moments = Moments(packed)
         ctx.sizes = None if isinstance(splits, Tensor) else splits
         described = packed, moments.mean, moments.var
-        ctx.save_for_backward(x, weight, _saved(splits, x), *described)
+        weights, biases = parameters[:num_splits], parameters[num_splits:]
+        ctx.save_for_backward(x, _saved(splits, x), *described, *weights)
         ctx.eps, ctx.group, ctx.impl = eps, group, impl
         ctx.mark_non_differentiable(*described)
         ctx.set_materialize_grads(False)
-        return kernels.normalize(x, splits, moments, Affine(weight, bias, eps)), *described
+        affine = Affine(_all_or_none(weights), _all_or_none(biases), eps)
+        y = kernels.normalize(x, splits, moments, affine)
+        ctx.far = moments.known_far
+        return y, *described
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, summed over ranks, and of weight and bias, local for DDP."""
-        x, weight, index, *described = ctx.saved_tensors
+        """Return the gradients of x, summed over ranks, and of the parameters, local for DDP."""
+        x, index, packed, mean, var, *weights = ctx.saved_tensors
         # Not left out where nothing came: the other ranks expect this one's sums.
         dy = torch.zeros_like(x) if grads[0] is None else grads[0]
         splits = index if ctx.sizes is None else ctx.sizes
-        kernels = _kernels.choose(ctx.impl, x)
+        kernels, moments = _kernels.choose(ctx.impl, x), Moments(packed, mean, var, ctx.far)
         total = all_reduce_copy
         if torch.is_grad_enabled():
             if ctx.impl not in (None, "aten"):
@@ -65,17 +77,18 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             # Under create_graph the saved moments would pass for constants: have them, and all
             # that follows, as functions of x.
             kernels, total = _kernels.choose("aten", x), differentiable_all_reduce
-            described = [total(kernels.moments(x, splits, len(described[0])), ctx.group)]
-        moments = Moments(*described)
-        affine = Affine(weight, None, ctx.eps)
+            moments = Moments(total(kernels.moments(x, splits, len(weights)), ctx.group))
+        affine = Affine(_all_or_none(weights), None, ctx.eps)
         local = kernels.grad_sums(dy, x, splits, moments, affine)
-        dx = dweight = dbias = None
+        dx: Tensor | None = None
+        dweights: Sequence[Tensor | None] = (None,) * len(weights)
+        dbiases = dweights
         if ctx.needs_input_grad[0]:
             sums = total(local, ctx.group)
             dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
         sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
-        if ctx.needs_input_grad[1]:
-            dweight = sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)
-        if ctx.needs_input_grad[2]:
-            dbias = sum_dy
-        return dx, dweight, dbias, None, None, None, None, None
+        if any(ctx.needs_input_grad[-2 * len(weights) : -len(weights)]):
+            dweights = (sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)).unbind()
+        if any(ctx.needs_input_grad[-len(weights) :]):
+            dbiases = sum_dy.unbind()
+        return dx, None, None, None, None, None, *dweights, *dbiases

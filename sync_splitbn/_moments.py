@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale in float32.
+CLOSE = 32.0
 
 Splits: TypeAlias = tuple[int, ...] | Tensor
 
@@ -29,6 +32,13 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
     return sizes
 
 
+def is_eager_cpu(tensor: Tensor) -> bool:
+    """Return whether `tensor` has values on this host, which may be looked at."""
+    # Not a subclass: a fake tensor has a device, but no values.
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which elements of `dtype` are summed: float32, or wider."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -43,13 +53,18 @@ class Moments:
     Attributes:
         packed: the tensor that travels, float64, shape [S, 2C + 1]: each row is
             [sum of values | sum of squared values | count].
+        known_far: `is_far`, if it has been asked for.
     """
 
     def __init__(
-        self, packed: Tensor, mean: Tensor | None = None, var: Tensor | None = None
+        self,
+        packed: Tensor,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        far: bool | None = None,
     ) -> None:
         self.packed = packed
-        self._mean, self._var = mean, var
+        self._mean, self._var, self.known_far = mean, var, far
         self._invstd: dict[float, Tensor] = {}
 
     @classmethod
@@ -84,6 +99,13 @@ class Moments:
         count = self.packed[:, -1:]
         return self.var * (count / (count - 1).clamp(min=1))
 
+    @property
+    def is_far(self) -> bool:
+        """Whether x * scale + shift loses digits of float32 somewhere; the host waits for it."""
+        if self.known_far is None:
+            self.known_far = bool((self.var * CLOSE**2 < self.mean.square()).any())
+        return self.known_far
+
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""
         if eps not in self._invstd:
@@ -101,18 +123,36 @@ class Moments:
 
 @dataclass(frozen=True)
 class Affine:
-    """What follows the statistics: weight and bias [S, C] or None, the variance's eps, a ReLU."""
+    """What follows the statistics: weights and biases of S splits, the variance's eps, a ReLU.
 
-    weight: Tensor | None
-    bias: Tensor | None
+    Weights, and biases alike, are a tensor [S, C], or S tensors [C], or None.
+    """
+
+    weights: Tensor | Sequence[Tensor] | None
+    biases: Tensor | Sequence[Tensor] | None
     eps: float
     relu: bool = False
 
+    @property
+    def weight(self) -> Tensor | None:
+        """Weight as one tensor, [S, C]."""
+        return _stacked(self.weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias as one tensor, [S, C]."""
+        return _stacked(self.biases)
+
     def scale(self, moments: Moments) -> Tensor:
         """Return the factor of each split and channel, [S, C], float64."""
-        invstd = moments.invstd(self.eps)
-        return invstd if self.weight is None else invstd * self.weight
+        invstd, weight = moments.invstd(self.eps), self.weight
+        return invstd if weight is None else invstd * weight
 
     def through_relu(self, dy: Tensor, output: Callable[[], Tensor]) -> Tensor:
         """Return dy, 0 where a ReLU that follows cut the output off, which is asked for then."""
         return torch.where(output() > 0, dy, 0) if self.relu else dy
+
+
+def _stacked(values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
+    """Return the values of all splits as one tensor, [S, C]."""
+    return values if values is None or isinstance(values, Tensor) else torch.stack(list(values))

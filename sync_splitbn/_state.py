@@ -80,12 +80,12 @@ class SplitState(_BatchNorm):
         yield self
         yield from self.aux_bn
 
-    def _all(self, name: str) -> Tensor | None:
-        """Return a parameter of all splits, [S, C], or [C] where they share it."""
+    def _all(self, name: str) -> Tensor | list[Tensor] | None:
+        """Return a parameter of all splits, S times [C], or [C] where they share it."""
         own: Tensor | None = getattr(self, name)
         if own is None or self.share_affine:
             return own
-        return torch.stack([getattr(stats, name) for stats in self._splits()])
+        return [getattr(stats, name) for stats in self._splits()]
 
     def _one(self, name: str, split: int) -> Tensor | None:
         """Return a parameter of one split, [C]."""
@@ -94,8 +94,7 @@ class SplitState(_BatchNorm):
             return own
         if torch.is_grad_enabled():
             # Taken from all, so that the others get zero gradients and DDP misses none.
-            every = self._all(name)
-            return None if every is None else every[split]
+            return torch.stack([getattr(stats, name) for stats in self._splits()])[split]
         return own if split == 0 else getattr(self.aux_bn[split - 1], name)
 
     def reset_running_stats(self) -> None:

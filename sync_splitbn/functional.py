@@ -15,8 +15,8 @@ from ._moments import Affine, Moments, Splits, accumulation_dtype, check_sizes
 def sync_split_batch_norm(
     input: Tensor,
     num_splits: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
     *,
     sizes: Sequence[int] | None = None,
     index: Tensor | None = None,
@@ -33,7 +33,8 @@ def sync_split_batch_norm(
     Args:
         input: local batch, shape [N, C, ...], floating type, any memory format.
         num_splits: number of splits S, at least 1.
-        weight: scale, shape [S, C], or [C] for all splits; None scales by 1.
+        weight: scale, shape [S, C], or [C] for all splits, or S tensors of shape [C]; None
+            scales by 1.
         bias: offset, shaped like `weight`; None adds 0.
         sizes: rows of each of S contiguous sub-batches, zeros allowed, summing to N.
         index: split of each row, integers in [0, S), shape [N], on the device of `input`.
@@ -79,15 +80,18 @@ def sync_split_batch_norm(
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     splits = check_splits(input, num_splits, sizes, index)
+    weights = _by_split("weight", weight, input, num_splits)
+    biases = _by_split("bias", bias, input, num_splits)
+    none = [None] * num_splits
     output, *described = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
-        _by_split("weight", weight, input, num_splits),
-        _by_split("bias", bias, input, num_splits),
         splits,
         num_splits,
         eps,
         resolve_group(process_group) if sync else None,
         impl,
+        *(weights or none),
+        *(biases or none),
     )
     return output, Moments(*described)
 
@@ -96,8 +100,8 @@ def normalize_rows(
     input: Tensor,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
     *,
     sizes: Sequence[int] | None,
     index: Tensor | None,
@@ -196,15 +200,21 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
     return index
 
 
-def _by_split(name: str, value: Tensor | None, input: Tensor, num_splits: int) -> Tensor | None:
-    """Return a parameter as [S, C] in the accumulation type of `input`, or raise."""
+def _by_split(
+    name: str, value: Tensor | Sequence[Tensor] | None, input: Tensor, num_splits: int
+) -> Sequence[Tensor] | None:
+    """Return a parameter as S tensors [C] in the accumulation type of `input`, or raise."""
     if value is None:
         return None
     features = input.shape[1]
-    if value.shape not in ((features,), (num_splits, features)):
+    values = value
+    if isinstance(value, Tensor):
+        values = value.unbind() if value.dim() == 2 else [value] * num_splits
+    if len(values) != num_splits or any(each.shape != (features,) for each in values):
+        shape = [list(each.shape) for each in value]
         raise ValueError(
-            f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, "
-            f"got {list(value.shape)}"
+            f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, or be S "
+            f"tensors [C], got {list(value.shape) if isinstance(value, Tensor) else shape}"
         )
-    value = value.to(accumulation_dtype(input.dtype))
-    return value if value.dim() == 2 else value.expand(num_splits, features)
+    dtype = accumulation_dtype(input.dtype)
+    return [each if each.dtype == dtype else each.to(dtype) for each in values]

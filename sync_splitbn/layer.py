@@ -4,7 +4,7 @@ S splits, C features, N rows.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._moments import Moments, accumulation_dtype
+from . import _alone
+from ._collectives import resolve_group
+from ._moments import Moments, accumulation_dtype, is_eager_cpu
 from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import check_input, normalize_rows, sync_split_batch_norm
@@ -105,6 +107,14 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sizes, index = assignment.rows(input, self.num_splits)
         elif not self.training:
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
+        # Activation checkpointing runs forward again inside backward: count a batch once.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        tracking = self.training and self.track_running_stats and self.running_mean is not None
+        tracking = tracking and not self._stats_frozen
+        if index is None:
+            output = self._normalize_alone(input, sizes, tracking, again)
+            if output is not None:
+                return output
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
@@ -116,11 +126,38 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sync=self.training,
             process_group=self.process_group,
         )
-        # Activation checkpointing runs forward again inside backward: count a batch once.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        tracking = self.training and self.track_running_stats and self.running_mean is not None
-        if tracking and not (self._stats_frozen or again):
+        if tracking and not again:
             self._update_running_stats(moments)
+        return output
+
+    def _normalize_alone(
+        self, input: Tensor, sizes: Sequence[int] | None, tracking: bool, again: bool
+    ) -> Tensor | None:
+        """Normalize a small batch that no other rank has part in; return None for another."""
+        momentum = self.momentum
+        if momentum is None or not (_alone.is_small(input) and self.eps > 0):
+            return None
+        if self.training and resolve_group(self.process_group) is not None:
+            return None
+        splits = list(self._splits())
+        if sizes is None:
+            sizes = (input.shape[0] // len(splits),) * len(splits)
+        states = []
+        for stats in splits:
+            own = self if self.share_affine else stats
+            running = (stats.running_mean, stats.running_var) if tracking else (None, None)
+            states.append((own.weight, own.bias, *running))
+        if not _alone.suits(input, sizes, states):
+            return None
+        if again:
+            # As many tensors for autograd to save as the first time, but others.
+            states = [
+                (*state[:2], *(None if each is None else each.clone() for each in state[2:]))
+                for state in states
+            ]
+        output = _alone.normalize(input, sizes, states, momentum, self.eps)
+        if tracking and not again and output is not None:
+            torch._foreach_add_([stats.num_batches_tracked for stats in splits], 1)
         return output
 
     @torch.no_grad()
@@ -129,6 +166,15 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         splits = list(self._splits())
         trackers = [stats.num_batches_tracked for stats in splits]
         running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
+        if self.momentum is not None and is_eager_cpu(moments.packed):
+            counts = moments.count.tolist()
+            if min(counts) > 1:
+                # The usual case, in few calls.
+                mean, var = (t.to(running[0].dtype).unbind() for t in (moments.mean, moments.var))
+                unbiased = torch._foreach_mul(var, [count / (count - 1) for count in counts])
+                torch._foreach_lerp_(running, [*mean, *unbiased], self.momentum)
+                torch._foreach_add_(trackers, 1)
+                return
         # A split without elements tells nothing, one with a single element no variance.
         count = moments.packed[:, -1:]
         seen, several = count > 0, count > 1
@@ -138,8 +184,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             tracked = torch.stack(trackers)
             step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)
         before = torch.stack(running).double()
-        told = torch.cat([moments.mean, moments.unbiased_var])
-        kept = torch.where(torch.cat([seen, several]), torch.lerp(before, told, step), before)
+        told = torch.lerp(before, torch.cat([moments.mean, moments.unbiased_var]), step)
+        kept = torch.where(torch.cat([seen, several]), told, before)
         torch._foreach_copy_(running, kept.unbind())
 
     def _evaluate(self, input: Tensor) -> Tensor:

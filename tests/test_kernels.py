@@ -156,12 +156,12 @@ def test_moments_give_the_inverse_deviation_of_each_eps():
 def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
     torch.manual_seed(0)
     xs = [torch.randn(12, 16, 40, 40) * scale for scale in (1, 100)]
-    alone = [sync_split_batch_norm(x, 3)[0] for x in xs]
+    alone = [sync_split_batch_norm(x, 3, impl="cpu")[0] for x in xs]
     start = threading.Barrier(2)
 
     def normalize(x):
         start.wait()
-        return [sync_split_batch_norm(x, 3)[0] for _ in range(20)]
+        return [sync_split_batch_norm(x, 3, impl="cpu")[0] for _ in range(20)]
 
     with ThreadPoolExecutor(2) as pool:
         for expected, found in zip(alone, pool.map(normalize, xs), strict=True):
@@ -175,9 +175,9 @@ def test_cpu_kernels_train_after_inference_mode():
     def step():
         x = torch.randn(12, 16, 40, 40).bfloat16()
         with torch.inference_mode():
-            sync_split_batch_norm(x, 3)
+            sync_split_batch_norm(x, 3, impl="cpu")
         x.requires_grad_()
-        sync_split_batch_norm(x, 3)[0].sum().backward()
+        sync_split_batch_norm(x, 3, impl="cpu")[0].sum().backward()
         return x.grad is not None
 
     with ThreadPoolExecutor(1) as pool:
@@ -190,7 +190,7 @@ def test_cpu_kernels_keep_no_more_memory_than_a_block(monkeypatch):
     def kept():
         for shape in ((6, 4, 10, 10), (6, 4, 60, 60)):
             x = torch.randn(shape).bfloat16().requires_grad_()
-            sync_split_batch_norm(x, 3)[0].sum().backward()
+            sync_split_batch_norm(x, 3, impl="cpu")[0].sum().backward()
         return [len(memory) for memory in _layout.scratch.kept.values()]
 
     with ThreadPoolExecutor(1) as pool:

@@ -3,9 +3,9 @@
 Each kernel module defines these functions, with N rows, S splits, C features and `splits` as in
 `_moments`. `x`, `dy` and the results like them are [N, C, ...] in any floating type and layout.
 `moments` returns the local packed moments, float64 [S, 2C + 1], each row [sum of x | sum of x^2 |
-count]; the others take the `Moments` of all ranks. `affine` holds eps, weight and bias, [S, C]
-in the accumulation type (float32, or float64 for float64 input) or None, and whether a ReLU
-follows, through which the backward kernels then take dy:
+count]; the others take the `Moments` of all ranks. `affine` holds eps, the splits' weights and
+biases in the accumulation type (float32, or float64 for float64 input) or None, and whether a
+ReLU follows, through which the backward kernels then take dy:
 
     moments(x, splits, num_splits) -> local packed moments
     normalize(x, splits, moments, affine) -> y, like x
@@ -18,10 +18,9 @@ follows, through which the backward kernels then take dy:
 import importlib.util
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
-from .._moments import Affine, Moments, Splits
+from .._moments import Affine, Moments, Splits, is_eager_cpu
 from . import aten, cpu
 
 
@@ -44,8 +43,7 @@ class Kernels(Protocol):
 def choose(impl: str | None, x: Tensor) -> Kernels:
     """Return the kernels named `impl`, or those that suit for None; a name never falls back."""
     if impl is None:
-        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        impl = "cpu" if eager_cpu else "aten"
+        impl = "cpu" if is_eager_cpu(x) else "aten"
     if impl == "aten":
         return cast(Kernels, aten)
     if impl == "cpu":

@@ -35,8 +35,9 @@ def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Te
     mean, scale = moments.mean, affine.scale(moments)
     high = mean.to(dtype)
     shift = (high - mean) * scale
-    if affine.bias is not None:
-        shift = shift + affine.bias
+    bias = affine.bias
+    if bias is not None:
+        shift = shift + bias
     high, scale, shift = _by_row(x, splits, high, scale, shift)
     y = torch.addcmul(shift, x.to(dtype) - high, scale).to(x.dtype)
     return y.relu() if affine.relu else y

@@ -23,8 +23,6 @@ WIDTH = 2**9
 # Up to this |mean| / std, sums about the origin keep a variance's digits: of values and squares,
 # and of the means and variances of pieces.
 NEAR, NEAR_ROWS = 1.5, 3.0
-# Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale.
-CLOSE = 32.0
 
 
 def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
@@ -48,7 +46,7 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
 
 def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
-    y = _map_rows(x, splits, moments, affine, affine.weight, affine.bias)
+    y = _map_rows(x, splits, moments, affine.eps, affine.weights, affine.biases)
     return y.relu_() if affine.relu else y
 
 
@@ -71,28 +69,30 @@ def grad_input(
     scale = affine.scale(moments)
     mean_dy, mean_dy_xmu = moments.per_element(sums).chunk(2, dim=1)
     # As a batch norm of x, with dy * scale added.
-    weight = mean_dy_xmu * moments.invstd(affine.eps) * -scale
-    packed = torch.stack([weight, mean_dy * -scale, scale]).to(sums.dtype)
-    return _map_rows(x, splits, moments, affine, *packed.unbind()[:2], (dy, packed[2]))
+    minus = -scale
+    weight = mean_dy_xmu * moments.invstd(affine.eps) * minus
+    packed = torch.stack([weight, mean_dy * minus, scale]).to(sums.dtype)
+    weight, bias, scale = packed.unbind()
+    return _map_rows(x, splits, moments, affine.eps, weight, bias, (dy, scale))
 
 
 def _map_rows(
     x: Tensor,
     splits: Splits,
     moments: Moments,
-    affine: Affine,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    eps: float,
+    weights: Tensor | Sequence[Tensor] | None,
+    biases: Tensor | Sequence[Tensor] | None,
     more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias`, like `x`, with `dy * scale` of more added."""
     layout = Layout(x, splits, len(moments.packed))
-    dtype, eps = accumulation_dtype(x.dtype), affine.eps
+    dtype = accumulation_dtype(x.dtype)
     mean, var = moments.mean.to(dtype), moments.var.to(dtype)
     origin = None
-    if _is_far(x, moments, eps):
+    if x.dtype == torch.float32 and moments.is_far:
         origin, mean = layout.over(mean).unbind(), (moments.mean - mean).to(dtype)
-    maps = list(zip(*(_unbind(t, len(mean)) for t in (weight, bias, mean, var)), strict=True))
+    maps = list(zip(*(_of_splits(t, len(mean)) for t in (weights, biases, mean, var)), strict=True))
     output, none = layout.output(x), mean.new_empty(0)
     source, result = layout.flat(x), layout.flat(output, ordered=False)
     if more is not None:
@@ -215,14 +215,10 @@ def _fold(rows: int, features: int, depth: int) -> tuple[int, int]:
     return fold, -(-rows // (fold * pieces))
 
 
-def _is_far(x: Tensor, moments: Moments, eps: float) -> bool:
-    """Return whether an affine map of x would lose digits that its type has."""
-    if x.dtype != torch.float32 or not x.numel():
-        return False
-    beyond = torch.sub(moments.mean.square(), moments.var, alpha=CLOSE**2).amax()
-    return beyond.item() > eps * CLOSE**2
-
-
-def _unbind(values: Tensor | None, num_splits: int) -> Sequence[Tensor | None]:
-    """Return the rows of [S, C], or S times None."""
-    return [None] * num_splits if values is None else values.unbind()
+def _of_splits(
+    values: Tensor | Sequence[Tensor] | None, num_splits: int
+) -> Sequence[Tensor | None]:
+    """Return the values of each split, [C], or None for each."""
+    if values is None:
+        return [None] * num_splits
+    return values.unbind() if isinstance(values, Tensor) else values
