@@ -12,11 +12,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ._moments import CLOSE, accumulation_dtype, is_eager_cpu
+from ._moments import accumulation_dtype, is_eager_cpu
 
-# Elements up to which it is faster, and rows of a split whose channels are innermost: of these,
-# ATen adds one to the next in float32, and so many keep the digits of a variance.
-SMALL, SMALL_ROWS = 2**17, 2**10
+# Elements up to which it is faster: where channels lie apart, float32 is summed faster in kernels.
+SMALL, SMALL_FLOAT32 = 2**22, 2**19
+# Rows of a split that a thread may add up where channels are innermost, one to the next in
+# float32: a variance of so many is off by some 1e-6.
+ROWS = 2**10
+# Up to this |mean| / std, float32 holds the mean well enough for what is computed by it.
+NEAR = 8.0
 # Channels of which Python knows the farthest before an operator does.
 FEW = 64
 FORMATS = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
@@ -25,36 +29,38 @@ FORMATS = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels
 State: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def is_small(input: Tensor) -> bool:
-    """Return whether `normalize` is the fastest for a batch, if it suits."""
-    return 0 < input.numel() <= SMALL and is_eager_cpu(input)
-
-
-def suits(input: Tensor, sizes: Sequence[int], states: Sequence[State]) -> bool:
-    """Return whether `normalize` takes a small batch."""
-    length, dtype = input.shape[2:].numel(), accumulation_dtype(input.dtype)
+def suits(input: Tensor, sizes: Sequence[int]) -> bool:
+    """Return whether `normalize` is right and the fastest for a batch with such splits."""
+    if not is_eager_cpu(input):
+        return False
+    elements, length = input.numel(), input.shape[2:].numel()
+    if not 0 < elements <= SMALL:
+        return False
     if sum(sizes) != input.shape[0] or min(sizes) * length < 2:
         return False
-    if any(each is not None and each.dtype != dtype for state in states for each in state):
-        return False
-    if input.is_contiguous() and input.dim() > 2:
-        return True
+    if input.dim() > 2 and input.is_contiguous():
+        return elements <= SMALL_FLOAT32 or input.itemsize < 4
     last = input.dim() in FORMATS and input.is_contiguous(memory_format=FORMATS[input.dim()])
-    return last and max(sizes) * length <= SMALL_ROWS
+    return last and max(sizes) * length <= ROWS * torch.get_num_threads()
+
+
+def takes(states: Sequence[State], input: Tensor) -> bool:
+    """Return whether `normalize` takes such parameters and statistics."""
+    dtype = accumulation_dtype(input.dtype)
+    return all(each is None or each.dtype == dtype for state in states for each in state)
 
 
 def normalize(
     input: Tensor, sizes: Sequence[int], states: Sequence[State], momentum: float, eps: float
 ) -> Tensor | None:
-    """Normalize S sub-batches and move their running statistics; return None, with nothing done,
-    where digits would be lost.
+    """Normalize S sub-batches, and move their running statistics.
+
+    Return None, with nothing moved, where float32 would lose digits.
     """
     running = [each for state in states for each in state[2:] if each is not None]
     before = torch.cat(running) if running else None
     parts = zip(torch.split_with_sizes(input, sizes), states, strict=True)
-    found = [
-        torch.native_batch_norm(part, *state, True, momentum, eps) for part, state in parts
-    ]
+    found = [torch.native_batch_norm(part, *state, True, momentum, eps) for part, state in parts]
     if input.dtype == torch.float32 and any(_is_far(mean, invstd) for _, mean, invstd in found):
         if before is not None:
             torch._foreach_copy_(running, before.view(len(running), -1).unbind())
@@ -63,7 +69,8 @@ def normalize(
 
 
 def _is_far(mean: Tensor, invstd: Tensor) -> bool:
-    """Return whether |mean| / std of any channel, [C], is beyond what is close."""
+    """Return whether |mean| / std of any channel, [C], is beyond what is near."""
     if len(mean) > FEW:
-        return torch.linalg.vector_norm(mean.detach() * invstd.detach(), torch.inf).item() > CLOSE
-    return max(map(abs, map(operator.mul, mean.tolist(), invstd.tolist()))) > CLOSE
+        ratios = mean.detach() * invstd.detach()
+        return bool(torch.linalg.vector_norm(ratios, torch.inf) > NEAR)
+    return bool(max(map(abs, map(operator.mul, mean.tolist(), invstd.tolist()))) > NEAR)

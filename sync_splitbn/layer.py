@@ -134,27 +134,24 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         self, input: Tensor, sizes: Sequence[int] | None, tracking: bool, again: bool
     ) -> Tensor | None:
         """Normalize a small batch that no other rank has part in; return None for another."""
+        if sizes is None:
+            sizes = (input.shape[0] // self.num_splits,) * self.num_splits
         momentum = self.momentum
-        if momentum is None or not (_alone.is_small(input) and self.eps > 0):
+        if momentum is None or not self.eps > 0 or not _alone.suits(input, sizes):
             return None
         if self.training and resolve_group(self.process_group) is not None:
             return None
-        splits = list(self._splits())
-        if sizes is None:
-            sizes = (input.shape[0] // len(splits),) * len(splits)
-        states = []
+        splits, states = list(self._splits()), []
         for stats in splits:
-            own = self if self.share_affine else stats
-            running = (stats.running_mean, stats.running_var) if tracking else (None, None)
+            own, running = self if self.share_affine else stats, (None, None)
+            if tracking:
+                # Autograd saves them, though it will not need them: aliases, so that it does not
+                # mind what moves them before backward. As many when a forward is run again.
+                running = (stats.running_mean.data, stats.running_var.data)
+                running = tuple(each.clone() for each in running) if again else running
             states.append((own.weight, own.bias, *running))
-        if not _alone.suits(input, sizes, states):
+        if not _alone.takes(states, input):
             return None
-        if again:
-            # As many tensors for autograd to save as the first time, but others.
-            states = [
-                (*state[:2], *(None if each is None else each.clone() for each in state[2:]))
-                for state in states
-            ]
         output = _alone.normalize(input, sizes, states, momentum, self.eps)
         if tracking and not again and output is not None:
             torch._foreach_add_([stats.num_batches_tracked for stats in splits], 1)

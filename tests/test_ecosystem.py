@@ -6,11 +6,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 
 from sync_splitbn import (
     SyncSplitBatchNorm,
+    _alone,
     assign_splits,
     convert_sync_split_batchnorm,
     revert_sync_split_batchnorm,
@@ -121,19 +123,37 @@ def test_functional_call_takes_other_parameters_and_buffers():
         torch.testing.assert_close(state[name], value)
 
 
-def test_vmap_is_right_in_evaluation_and_refused_in_training():
+def test_vmap_is_right_in_evaluation_and_refused_in_training(monkeypatch):
     model = trained_model()
     x = torch.randn(5, 3, 3, 4, 4)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.vmap(model)(x)
+    for small in (2**22, 0):
+        monkeypatch.setattr(_alone, "SMALL", small)
+        with pytest.raises(RuntimeError, match=r"setup_context|in place"):
+            torch.func.vmap(model)(x)
     model.eval()
     with torch.no_grad():
         expected = torch.stack([model(part) for part in x])
         torch.testing.assert_close(torch.func.vmap(model)(x), expected)
 
 
-def test_forward_mode_differentiation_is_refused():
-    layer = SyncSplitBatchNorm(3)
-    x = torch.randn(4, 3)
+def test_forward_mode_differentiation_is_right_or_refused(monkeypatch):
+    layer = SyncSplitBatchNorm(3).double()
+    x, direction = torch.randn(2, 8, 3, dtype=torch.float64).unbind()
+    _, found = torch.func.jvp(layer, (x,), (direction,))
+    step = 1e-6 * direction
+    torch.testing.assert_close(found, (layer(x + step) - layer(x - step)) / 2e-6)
+    monkeypatch.setattr(_alone, "SMALL", 0)
     with pytest.raises(RuntimeError, match=r"(?i)forward mode|jvp|setup_context"):
-        torch.func.jvp(layer, (x,), (x,))
+        torch.func.jvp(layer, (x,), (direction,))
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5, 5), (96, 16, 40, 40)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_fake_tensors_pass_through_a_training_step(shape, memory_format):
+    """Tools that estimate memory run models without values, which nothing may look at."""
+    layer = SyncSplitBatchNorm(shape[1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == shape

@@ -10,11 +10,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sync_splitbn import SyncSplitBatchNorm, assign_splits, frozen_stats
+from sync_splitbn import SyncSplitBatchNorm, _alone, assign_splits, frozen_stats
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(6, 5), (6, 5, 1), (6, 5, 7), (6, 5, 3, 4), (6, 5, 2, 3, 2), (6, 1, 3, 3)]
 HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # one rounding of an output near 2
+
+
+@pytest.fixture(params=["alone", "kernels"], autouse=True)
+def way(request, monkeypatch):
+    """A small batch of one rank is normalized without the kernels; have them too."""
+    if request.param == "kernels":
+        monkeypatch.setattr(_alone, "SMALL", 0)
 
 
 def randomized(layer, seed=0):

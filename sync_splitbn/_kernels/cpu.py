@@ -9,12 +9,17 @@ of each channel. Their sums are float32 inside: hence pieces, that keep the digi
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._moments import Affine, Moments, Splits, accumulation_dtype
 from ._layout import Layout, scratch
+
+# Their type stubs know neither the missing tensors nor the several results.
+native_batch_norm: Any = torch.native_batch_norm
+batch_norm_update_stats: Any = torch.batch_norm_update_stats
 
 # Elements that stay in the cache while one channel after the other is picked from them.
 PIECE = 2**19
@@ -105,7 +110,7 @@ def _map_rows(
             piece = target = scratch.like(piece, dtype).copy_(piece)
         if origin is not None:
             piece = torch.sub(piece, origin[split], out=target)
-        torch.native_batch_norm(piece, *maps[split], False, 0.0, eps, out=(target, none, none))
+        native_batch_norm(piece, *maps[split], False, 0.0, eps, out=(target, none, none))
         if more is not None:
             upstream = dy[rows]
             if wide:
@@ -136,7 +141,7 @@ def _row_sums(parts: Sequence[Tensor]) -> Tensor:
         # Running statistics, moved by nothing: ATen returns new ones of their type.
         given = list(torch.zeros(2, fold * features, dtype=dtype))
     pieces = [piece for part in parts for piece in part.view(-1, fold * features).split(depth)]
-    found = [torch.batch_norm_update_stats(piece, *given, 0.0) for piece in pieces]
+    found = [batch_norm_update_stats(piece, *given, 0.0) for piece in pieces]
     stats = torch.stack(list(itertools.chain(*found))).double().view(-1, 2, fold, features)
     means, squares = stats.unbind(1)
     squares.addcmul_(means, means)
@@ -165,7 +170,7 @@ def _sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Tensor) -> 
     if not length:
         fold, depth = _fold(rows, features, 16)
         view, channels = (-1, fold * features), (fold, features)
-        means = means.repeat(1, fold) if fold > 1 else means
+        means = torch.cat([means] * fold, dim=1)
     else:
         # ATen goes through all rows channel by channel: few rows, so that they are in the cache
         # when the next channel comes. A long row is added up in float32, and so it is cut.
@@ -173,18 +178,12 @@ def _sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Tensor) -> 
         least = -(-length[0] // WIDTH)
         fold = next((fold for fold in range(least, 8 * least) if length[0] % fold == 0), 1)
         view, channels = (-1, features * fold, length[0] // fold), (features, fold)
-        means = means.repeat_interleave(fold, dim=1) if fold > 1 else means
+        means = means.repeat_interleave(fold, dim=1)
     one, found = torch.ones_like(means[0]), []
     for x, dy, mean in zip(xs, dys or xs, means.unbind(), strict=True):
-        pieces = zip(x.view(view).split(depth), dy.view(view).split(depth), strict=True)
-        for piece, upstream in pieces:
-            if length and x.dtype != mean.dtype:
-                # Short rows of half precision take ATen several times as long.
-                upstream = scratch.like(upstream, mean.dtype).copy_(upstream)
-                slot = scratch.like(piece, mean.dtype, slot=1)
-                piece = upstream if dys is None else slot.copy_(piece)
+        for of in zip(dy.view(view).split(depth), x.view(view).split(depth), strict=True):
             _, products, plain = torch.ops.aten.native_batch_norm_backward(
-                upstream, piece, one, None, None, mean, one, True, 0.0, [False, True, True]
+                *of, one, None, None, mean, one, True, 0.0, [False, True, True]
             )
             found += [plain, products]
     sums = torch.stack(found).double().view(len(xs), -1, 2, *channels)
