@@ -44,9 +44,10 @@ class Layout:
 
     def __init__(self, x: Tensor, splits: Splits, num_splits: int) -> None:
         self.features, self.length = x.shape[1], x.shape[2:].numel()
-        self.last = self.length == 1 or (
-            not x.is_contiguous() and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
-        )
+        # Either way, a tensor like x has the same memory in the same order.
+        innermost = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+        self.dense = innermost or x.is_contiguous()
+        self.last = self.length == 1 or innermost
         self.order: Tensor | None = None
         if isinstance(splits, Tensor):
             self.order = splits.argsort(stable=True)
@@ -95,6 +96,6 @@ class Layout:
 
     def output(self, x: Tensor) -> Tensor:
         """Return a new tensor like `x`, of which `flat` is a view."""
-        if (self.last and x.dim() > 2) or x.is_contiguous():
+        if self.dense:
             return torch.empty_like(x)
         return torch.empty_like(x, memory_format=torch.contiguous_format)
