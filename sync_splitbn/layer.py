@@ -3,6 +3,7 @@
 S splits, C features, N rows.
 """
 
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ STOCK_CONVERTERS = {
     "convert_syncbn_model",
     "freeze_batch_norm_2d",
 }
+
+# No running statistics.
+NONE = (None, None)
 
 
 class SyncSplitBatchNorm(SplitState, Assignable):
@@ -141,15 +145,14 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             return None
         if self.training and resolve_group(self.process_group) is not None:
             return None
+        # Autograd saves running statistics, though it will not need them. An alias does not mind
+        # what moves them before backward; a forward that is run again moves a copy.
+        held = operator.methodcaller("clone") if again else operator.attrgetter("data")
         splits, states = list(self._splits()), []
         for stats in splits:
-            own, running = self if self.share_affine else stats, (None, None)
-            if tracking:
-                # Autograd saves them, though it will not need them: aliases, so that it does not
-                # mind what moves them before backward. As many when a forward is run again.
-                running = (stats.running_mean.data, stats.running_var.data)
-                running = tuple(each.clone() for each in running) if again else running
-            states.append((own.weight, own.bias, *running))
+            own = self if self.share_affine else stats
+            running = stats.running_mean, stats.running_var
+            states.append((own.weight, own.bias, *(map(held, running) if tracking else NONE)))
         if not _alone.takes(states, input):
             return None
         output = _alone.normalize(input, sizes, states, momentum, self.eps)

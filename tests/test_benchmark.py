@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -250,6 +252,27 @@ def test_failed_contenders_are_reported_and_the_others_measured():
     assert result["contenders"].keys() == {"ours", "plain"}
     assert len(ticks) == bench.ticks([case], 4)
     assert "  timm            failed: AssertionError: no 2 splits" in case_table(result)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc's mallopt")
+def test_kept_memory_costs_no_page_faults_when_it_is_taken_again():
+    program = """
+import resource, torch
+from launch.benchmark.measure import keep_memory
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.empty(2**25, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+print(faults(5), keep_memory(), faults(20) >= 0, faults(5))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    usual, kept, _, after = found.stdout.split()
+    # Of pages as small as 4 KiB there are 8,192; the system may take larger ones.
+    assert kept == "True"
+    assert int(after) * 100 < int(usual), found.stdout
 
 
 def test_steps_are_called_before_they_are_timed():
