@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sync_splitbn import SyncSplitBatchNorm, _alone, assign_splits, frozen_stats, layer
 
@@ -86,7 +87,30 @@ def test_batch_far_from_the_origin_keeps_its_digits(memory_format, tracking, fea
         assert norm.aux_bn[0].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_only_float32_has_digits_to_lose(dtype, path):
+    """Others have more, or fewer than float32 leaves."""
+    torch.manual_seed(0)
+    norm = SyncSplitBatchNorm(3, dtype=torch.promote_types(dtype, torch.float32))
+    norm((torch.randn(8, 3, 6, 6) + 100).to(dtype))
+    assert path == ["alone"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_forward_is_run_again_alone_and_moves_nothing(reentrant, path):
+    torch.manual_seed(0)
+    norm, x = SyncSplitBatchNorm(3), torch.randn(8, 3, 6, 6, requires_grad=True)
+    y = checkpoint(norm, x, use_reentrant=reentrant)
+    once = copy.deepcopy(norm.state_dict())
+    y.sum().backward()
+    # Without re-entrance it stops as soon as all is there that backward needs.
+    assert path == ["alone", "alone"][: 1 + reentrant]
+    for name, value in norm.state_dict().items():
+        assert value.equal(once[name]), name
+
+
 def test_running_statistics_move_once_where_digits_would_be_lost(path):
+    torch.manual_seed(0)
     norm, near = (SyncSplitBatchNorm(2, momentum=0.5) for _ in range(2))
     x = torch.randn(4, 2, 3, 3)
     norm(x + torch.tensor([0, 1e4]).view(2, 1, 1))
@@ -98,6 +122,7 @@ def test_running_statistics_move_once_where_digits_would_be_lost(path):
 
 def test_statistics_that_move_otherwise_before_backward_do_no_harm(path):
     """ATen saves the running statistics for a backward that does not read them."""
+    torch.manual_seed(0)
     norm = SyncSplitBatchNorm(3)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     y = norm(x)
@@ -114,7 +139,7 @@ def test_statistics_that_move_otherwise_before_backward_do_no_harm(path):
     ("shape", "options", "way"),
     [
         ((4, 3, 2, 2), {}, "alone"),
-        ((4, 3), {}, "alone"),
+        ((40, 3), {}, "alone"),
         ((4, 3, 2, 2, 2), {}, "alone"),
         ((4, 3, 2, 2), {"track_running_stats": False}, "alone"),
         ((4, 3, 2, 2), {"affine": False}, "alone"),
@@ -126,12 +151,14 @@ def test_statistics_that_move_otherwise_before_backward_do_no_harm(path):
     ids=str,
 )
 def test_small_batches_with_plain_splits_are_normalized_alone(shape, options, way, path):
+    torch.manual_seed(0)
     norm = SyncSplitBatchNorm(3, **options)
     norm(torch.randn(shape))
     assert path == [way]
 
 
 def test_many_rows_with_channels_innermost_keep_the_digits_of_the_kernels(path):
+    torch.manual_seed(0)
     rows = 2 * _alone.ROWS * torch.get_num_threads()
     norm = SyncSplitBatchNorm(3)
     norm(torch.randn(rows, 3))
@@ -151,6 +178,7 @@ def test_splits_that_do_not_fit_raise_as_in_the_kernels(path):
 
 
 def test_frozen_statistics_stay(path):
+    torch.manual_seed(0)
     norm = SyncSplitBatchNorm(3)
     before = copy.deepcopy(norm.state_dict())
     with frozen_stats(norm):

@@ -157,6 +157,13 @@ def test_memory_format_of_input_is_kept(layout, how):
         assert tensor.is_contiguous(memory_format=memory_format) == ("last" in layout)
 
 
+def test_strides_of_input_are_kept_where_no_memory_format_has_them():
+    x = layouts()["transposed"].requires_grad_()
+    y = SyncSplitBatchNorm(3)(x)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(x))
+    assert y.stride() == dx.stride() == x.stride()
+
+
 @pytest.mark.parametrize("parameters", ["same", "float32"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("training", [True, False])
@@ -327,7 +334,7 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), SyncSplitBatchNorm(4), nn.Tanh(), nn.Linear(4, 1))
     twin = copy.deepcopy(model)
-    x = torch.randn(6, 4, requires_grad=True)
+    x = torch.randn(40, 4, requires_grad=True)
     checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
     twin(x).square().sum().backward()
     for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
