@@ -202,3 +202,14 @@ def test_second_derivatives_alone_are_those_of_the_kernels(monkeypatch):
     monkeypatch.setattr(_alone, "SMALL", 0)
     for a, b in zip(alone, second(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_training_step_in_inference_mode_moves_the_running_statistics(path):
+    torch.manual_seed(0)
+    norm, twin = SyncSplitBatchNorm(3), SyncSplitBatchNorm(3)
+    x = torch.randn(8, 3, 6, 6)
+    with torch.inference_mode():
+        y = norm(x)
+    assert y.equal(twin(x).detach())
+    assert path == ["alone", "alone"]
+    assert norm.running_var.equal(twin.running_var)

@@ -258,6 +258,24 @@ def test_named_kernels_serve_the_operation(impl):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["aten", "cpu"])
+def test_parameters_may_be_given_split_by_split(impl):
+    """As the layer has them: gradients reach each, and one that all share gets their sum."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    weight, bias = torch.rand(3, 4, requires_grad=True), torch.rand(4, requires_grad=True)
+    parts = [row.detach().clone().requires_grad_() for row in weight]
+    shared = bias.detach().clone().requires_grad_()
+    y, _ = sync_split_batch_norm(x, 3, weight, bias, impl=impl)
+    y.backward(dy)
+    of_parts, _ = sync_split_batch_norm(x, 3, parts, [shared] * 3, impl=impl)
+    of_parts.backward(dy)
+    assert of_parts.equal(y)
+    torch.testing.assert_close(torch.stack([part.grad for part in parts]), weight.grad)
+    torch.testing.assert_close(shared.grad, bias.grad)
+    torch.testing.assert_close(bias.grad, dy.sum((0, 2, 3)))
+
+
 def test_cpu_kernels_refuse_other_devices():
     with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor, got"):
         sync_split_batch_norm(torch.zeros(4, 3, device="meta"), 2, impl="cpu")
