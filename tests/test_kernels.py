@@ -214,17 +214,19 @@ def test_cpu_kernels_keep_no_more_memory_than_a_block(monkeypatch):
         assert 0 < max(pool.submit(kept).result()) <= 8 * 1000 * torch.get_num_threads()
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
 def test_kernels_take_empty_tensors(kernels, shape):
     x = torch.zeros(shape)
-    n = shape[0] // 3
+    n, features = shape[0] // 3, shape[1]
+    expected = torch.zeros(3, 2 * features + 1, dtype=torch.float64)
+    expected[:, -1] = n * torch.Size(shape[2:]).numel()
     for splits in ((n, n, n), torch.arange(shape[0]) % 3):
         moments = kernels.moments(x, splits, 3)
-        assert moments.equal(torch.zeros(3, 7, dtype=torch.float64))
+        assert moments.equal(expected)
         affine = Affine(None, None, 1e-5)
         sums = kernels.grad_sums(x, x, splits, Moments(moments), affine)
-        assert sums.equal(torch.zeros(3, 6))
+        assert sums.equal(torch.zeros(3, 2 * features))
         assert kernels.normalize(x, splits, Moments(moments), affine).shape == shape
         assert kernels.grad_input(x, x, splits, Moments(moments), affine, sums).shape == shape
 

@@ -61,7 +61,7 @@ class Layout:
         if self.order is not None and ordered:
             tensor = tensor[self.order]
         if self.last:
-            return tensor.movedim(1, -1).reshape(-1, self.features).contiguous()
+            return tensor.movedim(1, -1).flatten(0, -2).contiguous()
         return tensor.contiguous().view(tensor.shape[0], self.features, self.length)
 
     def by_split(

@@ -131,7 +131,7 @@ def _map_rows(
 def _row_sums(parts: Sequence[Tensor]) -> Tensor:
     """Return the sums of values and of their squares of each [n, C], [s, 2C], float64."""
     rows, features = parts[0].shape
-    if not rows:
+    if not parts[0].numel():
         return parts[0].new_zeros(len(parts), 2 * features, dtype=torch.float64)
     # ATen adds row to row in float32. The error grows with the rows of one sum and shrinks with
     # the number of sums: so it is a few roundings, however many rows there are.
