@@ -205,12 +205,12 @@ def _exact_sums(part: Tensor, channels: Tensor) -> Tensor:
 def _fold(rows: int, features: int, depth: int) -> tuple[int, int]:
     """Return how many short rows to see as one long one, and how many of these to add up.
 
-    At most `depth` times the square root of the rows.
+    At most `depth` times the square root of the rows, for each thread.
     """
     fold = min(max(WIDTH // features, 1), rows)
     while rows % fold:
         fold -= 1
-    most = depth * math.isqrt(rows) + 1
+    most = depth * torch.get_num_threads() * math.isqrt(rows) + 1
     pieces = -(-rows // (fold * most))
     return fold, -(-rows // (fold * pieces))
 
