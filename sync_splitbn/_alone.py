@@ -61,16 +61,20 @@ def normalize(
     before = torch.cat(running) if running else None
     parts = zip(torch.split_with_sizes(input, sizes), states, strict=True)
     found = [torch.native_batch_norm(part, *state, True, momentum, eps) for part, state in parts]
-    if input.dtype == torch.float32 and any(_is_far(mean, invstd) for _, mean, invstd in found):
+    outputs, means, invstds = zip(*found, strict=True)
+    if input.dtype == torch.float32 and _is_far(means, invstds):
         if before is not None:
             torch._foreach_copy_(running, before.view(len(running), -1).unbind())
         return None
-    return torch.cat([output for output, _, _ in found])
+    return torch.cat(outputs)
 
 
-def _is_far(mean: Tensor, invstd: Tensor) -> bool:
-    """Return whether |mean| / std of any channel, [C], is beyond what is near."""
-    if len(mean) > FEW:
-        ratios = mean.detach() * invstd.detach()
+def _is_far(means: Sequence[Tensor], invstds: Sequence[Tensor]) -> bool:
+    """Return whether |mean| / std of any split's channel, [C] each, is beyond what is near."""
+    if len(means[0]) > FEW:
+        ratios = torch.cat(list(means)).mul_(torch.cat(list(invstds)))
         return bool(torch.linalg.vector_norm(ratios, torch.inf) > NEAR)
-    return bool(max(map(abs, map(operator.mul, mean.tolist(), invstd.tolist()))) > NEAR)
+    for mean, invstd in zip(means, invstds, strict=True):
+        if max(map(abs, map(operator.mul, mean.tolist(), invstd.tolist()))) > NEAR:
+            return True
+    return False

@@ -98,7 +98,7 @@ def blocks(request, monkeypatch):
     """Also cut small tensors into many blocks."""
     if request.param == "blocks":
         monkeypatch.setattr(_layout, "BLOCK", 16)
-        for constant, value in {"PIECE": 5, "WIDTH": 7, "WIDTH_HALF": 3}.items():
+        for constant, value in {"PIECE": 5, "WIDTH": 7}.items():
             monkeypatch.setattr(cpu, constant, value)
 
 

@@ -23,9 +23,10 @@ batch_norm_update_stats: Any = torch.batch_norm_update_stats
 
 # Elements that stay in the cache while one channel after the other is picked from them.
 PIECE = 2**19
-# Features that a row should have to be added to others at full speed, and positions at most; in
-# half precision, which ATen adds up less well.
-WIDTH, WIDTH_HALF = 2**9, 2**7
+# Features that a row should have to be added to others at full speed, and positions at most.
+WIDTH = 2**9
+# Rows of half precision at most: from one to the next ATen adds these in float32, others in float64.
+ROWS_HALF = 4
 # Up to this |mean| / std, sums about the origin keep a variance's digits: of values and squares,
 # and of the means and variances of pieces.
 NEAR, NEAR_ROWS = 1.5, 3.0
@@ -176,7 +177,8 @@ def _sums(dys: Sequence[Tensor] | None, xs: Sequence[Tensor], means: Tensor) -> 
         # ATen goes through all rows channel by channel: few rows, so that they are in the cache
         # when the next channel comes. A long row is added up in float32, and so it is cut.
         depth = max(PIECE // (features * length[0] * (1 if dys is None else 2)), 1)
-        least = -(-length[0] // (WIDTH if xs[0].dtype == means.dtype else WIDTH_HALF))
+        depth = depth if xs[0].dtype == means.dtype else min(depth, ROWS_HALF)
+        least = -(-length[0] // WIDTH)
         fold = next((fold for fold in range(least, 8 * least) if length[0] % fold == 0), 1)
         view, channels = (-1, features * fold, length[0] // fold), (features, fold)
         means = means.repeat_interleave(fold, dim=1)
