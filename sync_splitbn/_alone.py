@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ._moments import accumulation_dtype, is_eager_cpu
+from ._moments import accumulation_dtype, is_plain_cpu
 
 # Elements up to which it is faster: where channels lie apart, float32 is summed faster in kernels.
 SMALL, SMALL_FLOAT32 = 2**22, 2**19
@@ -31,12 +31,12 @@ State: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | N
 
 def suits(input: Tensor, sizes: Sequence[int]) -> bool:
     """Return whether `normalize` is right and the fastest for a batch with such splits."""
-    if not is_eager_cpu(input):
+    elements = input.numel()
+    if not 0 < elements <= SMALL or not is_plain_cpu(input):
         return False
-    elements, length = input.numel(), input.shape[2:].numel()
-    if not 0 < elements <= SMALL:
-        return False
-    if sum(sizes) != input.shape[0] or min(sizes) * length < 2:
+    rows, features, *_ = input.shape
+    length = elements // (rows * features)
+    if sum(sizes) != rows or min(sizes) * length < 2:
         return False
     if input.dim() > 2 and input.is_contiguous():
         return elements <= SMALL_FLOAT32 or input.itemsize < 4
@@ -44,10 +44,14 @@ def suits(input: Tensor, sizes: Sequence[int]) -> bool:
     return last and max(sizes) * length <= ROWS * torch.get_num_threads()
 
 
-def takes(states: Sequence[State], input: Tensor) -> bool:
-    """Return whether `normalize` takes such parameters and statistics."""
-    dtype = accumulation_dtype(input.dtype)
-    return all(each is None or each.dtype == dtype for state in states for each in state)
+def takes(states: Sequence[State], dtype: torch.dtype) -> bool:
+    """Return whether `normalize` takes such parameters and statistics for a type of input."""
+    dtype = accumulation_dtype(dtype)
+    for state in states:
+        for each in state:
+            if each is not None and each.dtype != dtype:
+                return False
+    return True
 
 
 def normalize(

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 # Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale in float32.
 CLOSE = 32.0
 
+# Fake tensors are of another class.
+PLAIN = (Tensor, nn.Parameter)
+
 Splits: TypeAlias = tuple[int, ...] | Tensor
 
 
@@ -32,11 +35,14 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
     return sizes
 
 
+def is_plain_cpu(tensor: Tensor) -> bool:
+    """Return whether `tensor` is in this host's memory, and of no class without values."""
+    return tensor.is_cpu and type(tensor) in PLAIN
+
+
 def is_eager_cpu(tensor: Tensor) -> bool:
-    """Return whether `tensor` has values on this host, which may be looked at."""
-    # Not a subclass: a fake tensor has a device, but no values.
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether the values of `tensor` are on this host, and may be looked at."""
+    return is_plain_cpu(tensor) and not torch.compiler.is_compiling()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

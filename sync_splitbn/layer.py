@@ -112,10 +112,11 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         elif not self.training:
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         # Activation checkpointing runs forward again inside backward: count a batch once.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        eager = not torch.compiler.is_compiling()
+        again = eager and torch._C._current_graph_task_id() != -1
         tracking = self.training and self.track_running_stats and self.running_mean is not None
         tracking = tracking and not self._stats_frozen
-        if index is None:
+        if eager and index is None:
             output = self._normalize_alone(input, sizes, tracking, again)
             if output is not None:
                 return output
@@ -153,7 +154,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             own = self if self.share_affine else stats
             running = stats.running_mean, stats.running_var
             states.append((own.weight, own.bias, *(map(held, running) if tracking else NONE)))
-        if not _alone.takes(states, input):
+        if not _alone.takes(states, input.dtype):
             return None
         output = _alone.normalize(input, sizes, states, momentum, self.eps)
         if tracking and not again and output is not None:

@@ -25,7 +25,7 @@ batch_norm_update_stats: Any = torch.batch_norm_update_stats
 PIECE = 2**19
 # Features that a row should have to be added to others at full speed, and positions at most.
 WIDTH = 2**9
-# Rows of half precision at most: from one to the next ATen adds these in float32, others in float64.
+# Rows of half precision at most: these ATen adds to one another in float32, others in float64.
 ROWS_HALF = 4
 # Up to this |mean| / std, sums about the origin keep a variance's digits: of values and squares,
 # and of the means and variances of pieces.
