@@ -70,7 +70,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         ValueError: a shape, size or index does not fit; see `sync_split_batch_norm`.
 
     Numerics:
-        As `sync_split_batch_norm`. A split that is empty on all ranks keeps its running
+        As `sync_split_batch_norm`, but for a small batch of one rank on a CPU, which ATen's batch
+        norm normalizes split by split, a variance within some 1e-6. A split that is empty on all ranks keeps its running
         statistics and its counter, one with a single element its `running_var`. The running
         variance is the unbiased one of the whole split. All ranks hold the same bits.
 
