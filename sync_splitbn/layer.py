@@ -70,10 +70,11 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         ValueError: a shape, size or index does not fit; see `sync_split_batch_norm`.
 
     Numerics:
-        As `sync_split_batch_norm`, but for a small batch of one rank on a CPU, which ATen's batch
-        norm normalizes split by split, a variance within some 1e-6. A split that is empty on all ranks keeps its running
-        statistics and its counter, one with a single element its `running_var`. The running
-        variance is the unbiased one of the whole split. All ranks hold the same bits.
+        As `sync_split_batch_norm`, but for a small batch of one rank on a CPU: ATen's batch norm
+        takes it, split by split, with a variance within some 1e-6. A split that is empty on all
+        ranks keeps its running statistics and its counter, one with a single element its
+        `running_var`. The running variance is the unbiased one of the whole split. All ranks hold
+        the same bits.
 
     Communication:
         In training, forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one of
