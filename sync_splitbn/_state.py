@@ -80,11 +80,13 @@ class SplitState(_BatchNorm):
         yield self
         yield from self.aux_bn
 
-    def _all(self, name: str) -> Tensor | list[Tensor] | None:
-        """Return a parameter of all splits, S times [C], or [C] where they share it."""
+    def _all(self, name: str) -> list[Tensor] | None:
+        """Return a parameter of each split, [C], one for all where they share it."""
         own: Tensor | None = getattr(self, name)
-        if own is None or self.share_affine:
-            return own
+        if own is None:
+            return None
+        if self.share_affine:
+            return [own] * self.num_splits
         return [getattr(stats, name) for stats in self._splits()]
 
     def _one(self, name: str, split: int) -> Tensor | None:
@@ -94,7 +96,8 @@ class SplitState(_BatchNorm):
             return own
         if torch.is_grad_enabled():
             # Taken from all, so that the others get zero gradients and DDP misses none.
-            return torch.stack([getattr(stats, name) for stats in self._splits()])[split]
+            every = self._all(name)
+            return None if every is None else torch.stack(every)[split]
         return own if split == 0 else getattr(self.aux_bn[split - 1], name)
 
     def reset_running_stats(self) -> None:

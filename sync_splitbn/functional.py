@@ -211,10 +211,10 @@ def _by_split(
     if isinstance(value, Tensor):
         values = value.unbind() if value.dim() == 2 else [value] * num_splits
     if len(values) != num_splits or any(each.shape != (features,) for each in values):
-        shape = [list(each.shape) for each in value]
+        got = value.shape if isinstance(value, Tensor) else [list(each.shape) for each in value]
         raise ValueError(
             f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, or be S "
-            f"tensors [C], got {list(value.shape) if isinstance(value, Tensor) else shape}"
+            f"tensors [C], got {list(got)}"
         )
     dtype = accumulation_dtype(input.dtype)
     return [each if each.dtype == dtype else each.to(dtype) for each in values]

@@ -28,9 +28,6 @@ STOCK_CONVERTERS = {
     "freeze_batch_norm_2d",
 }
 
-# No running statistics.
-NONE = (None, None)
-
 
 class SyncSplitBatchNorm(SplitState, Assignable):
     r"""Batch normalization with statistics per split of the batch, each over all ranks.
@@ -153,9 +150,10 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         held = operator.methodcaller("clone") if again else operator.attrgetter("data")
         splits, states = list(self._splits()), []
         for stats in splits:
-            own = self if self.share_affine else stats
-            running = stats.running_mean, stats.running_var
-            states.append((own.weight, own.bias, *(map(held, running) if tracking else NONE)))
+            own, mean, var = self if self.share_affine else stats, None, None
+            if tracking:
+                mean, var = held(stats.running_mean), held(stats.running_var)
+            states.append((own.weight, own.bias, mean, var))
         if not _alone.takes(states, input.dtype):
             return None
         output = _alone.normalize(input, sizes, states, momentum, self.eps)

@@ -191,6 +191,11 @@ def test_model_without_the_layer_is_refused():
             r"weight must have shape .* or be S tensors \[C\], got \[\[3\], \[3\], \[3\]\]",
         ),
         (
+            lambda: sync_split_batch_norm(torch.randn(4, 3), 2, torch.tensor(1.0)),
+            ValueError,
+            r"weight must have shape .*, got \[\]",
+        ),
+        (
             lambda: sync_split_batch_norm(torch.randn(4, 3), 2, sizes=(4,)),
             ValueError,
             "sizes must hold num_splits=2",

@@ -116,7 +116,7 @@ def test_kernels_compute_their_definition(kernels, shape, splits, dtype, blocks)
         check(kernels, x, dy.movedim(1, -1).contiguous().movedim(-1, 1), SPLITS[splits], dtype)
 
 
-@pytest.mark.parametrize("far", [1.4, 2.9, 3.1, 31, 100, 1e4])
+@pytest.mark.parametrize("far", [1.4, 2.9, 3.1, 31, 63, 100, 1e4])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
 def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
@@ -173,28 +173,36 @@ def test_moments_give_the_inverse_deviation_of_each_eps():
 
 def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
     torch.manual_seed(0)
-    xs = [torch.randn(12, 16, 40, 40) * scale for scale in (1, 100)]
-    alone = [sync_split_batch_norm(x, 3, impl="cpu")[0] for x in xs]
+    xs, dys = torch.randn(2, 2, 12, 16, 40, 40).bfloat16()
+    affine, splits = Affine(None, None, 1e-5), (4, 4, 4)
+    moments = [Moments(cpu.moments(x, splits, 3)) for x in xs]
+
+    def differentiate(i):
+        sums = cpu.grad_sums(dys[i], xs[i], splits, moments[i], affine)
+        return cpu.grad_input(dys[i], xs[i], splits, moments[i], affine, sums)
+
+    apart = [differentiate(i) for i in range(2)]
     start = threading.Barrier(2)
 
-    def normalize(x):
+    def repeat(i):
         start.wait()
-        return [sync_split_batch_norm(x, 3, impl="cpu")[0] for _ in range(20)]
+        return [differentiate(i) for _ in range(20)]
 
     with ThreadPoolExecutor(2) as pool:
-        for expected, found in zip(alone, pool.map(normalize, xs), strict=True):
-            for y in found:
-                torch.testing.assert_close(y, expected)
+        for expected, found in zip(apart, pool.map(repeat, range(2)), strict=True):
+            for dx in found:
+                torch.testing.assert_close(dx, expected)
 
 
 def test_cpu_kernels_train_after_inference_mode():
     """What was allocated in inference mode may not be written to outside it."""
 
     def step():
-        x = torch.randn(12, 16, 40, 40).bfloat16()
+        x = torch.randn(12, 16, 40, 40).bfloat16().requires_grad_()
+        first, _ = sync_split_batch_norm(x, 3, impl="cpu")
         with torch.inference_mode():
-            sync_split_batch_norm(x, 3, impl="cpu")
-        x.requires_grad_()
+            first.backward(torch.ones_like(x))
+        x.grad = None
         sync_split_batch_norm(x, 3, impl="cpu")[0].sum().backward()
         return x.grad is not None
 
@@ -212,7 +220,7 @@ def test_cpu_kernels_keep_no_more_memory_than_a_block(monkeypatch):
         return [len(memory) for memory in _layout.scratch.kept.values()]
 
     with ThreadPoolExecutor(1) as pool:
-        assert 0 < max(pool.submit(kept).result()) <= 8 * 1000 * torch.get_num_threads()
+        assert 0 < max(pool.submit(kept).result()) <= 4 * 1000
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
