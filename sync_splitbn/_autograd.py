@@ -55,9 +55,7 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*described)
         ctx.set_materialize_grads(False)
         affine = Affine(_all_or_none(weights), _all_or_none(biases), eps)
-        y = kernels.normalize(x, splits, moments, affine)
-        ctx.far = moments.known_far
-        return y, *described
+        return kernels.normalize(x, splits, moments, affine), *described
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,7 +64,7 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         # Not left out where nothing came: the other ranks expect this one's sums.
         dy = torch.zeros_like(x) if grads[0] is None else grads[0]
         splits = index if ctx.sizes is None else ctx.sizes
-        kernels, moments = _kernels.choose(ctx.impl, x), Moments(packed, mean, var, ctx.far)
+        kernels, moments = _kernels.choose(ctx.impl, x), Moments(packed, mean, var)
         total = all_reduce_copy
         if torch.is_grad_enabled():
             if ctx.impl not in (None, "aten"):

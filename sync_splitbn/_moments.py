@@ -12,9 +12,6 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-# Up to this |mean| / std, x * scale + shift is as good as (x - mean) * scale in float32.
-CLOSE = 32.0
-
 # Fake tensors are of another class.
 PLAIN = (Tensor, nn.Parameter)
 
@@ -59,18 +56,13 @@ class Moments:
     Attributes:
         packed: the tensor that travels, float64, shape [S, 2C + 1]: each row is
             [sum of values | sum of squared values | count].
-        known_far: `is_far`, if it has been asked for.
     """
 
     def __init__(
-        self,
-        packed: Tensor,
-        mean: Tensor | None = None,
-        var: Tensor | None = None,
-        far: bool | None = None,
+        self, packed: Tensor, mean: Tensor | None = None, var: Tensor | None = None
     ) -> None:
         self.packed = packed
-        self._mean, self._var, self.known_far = mean, var, far
+        self._mean, self._var = mean, var
         self._invstd: dict[float, Tensor] = {}
 
     @classmethod
@@ -104,13 +96,6 @@ class Moments:
         """Unbiased variance, [S, C], input units squared; 0 where a split has one element."""
         count = self.packed[:, -1:]
         return self.var * (count / (count - 1).clamp(min=1))
-
-    @property
-    def is_far(self) -> bool:
-        """Whether x * scale + shift loses digits of float32 somewhere; the host waits for it."""
-        if self.known_far is None:
-            self.known_far = bool((self.var * CLOSE**2 < self.mean.square()).any())
-        return self.known_far
 
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""

@@ -18,7 +18,7 @@ FLOORS = [
     {"_autograd"},
     {"_kernels"},
     {"_kernels.aten", "_kernels.cpu", "_kernels.triton", "_collectives"},
-    {"_kernels._layout"},
+    {"_kernels._cpu"},
     {"_moments"},
     {"data"},
 ]

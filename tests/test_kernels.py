@@ -1,5 +1,6 @@
 """Each kernel module computes the four formulas of the design, whatever the layout and the type."""
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from sync_splitbn import sync_split_batch_norm
-from sync_splitbn._kernels import _layout, aten, choose, cpu
+from sync_splitbn._kernels import aten, choose, cpu
 from sync_splitbn._moments import Affine, Moments
 
 SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
+# For several threads: short rows, long ones, and many features.
+SHAPES_OF_THREADS = [(12, 70, 7, 7), (12, 3, 47, 89), (12, 2100, 3), (12, 3001)]
 # Long rows, many rows, and neither.
 SHAPES_OF_MANY = [(3, 2, 301, 301), (3, 512, 101, 101), (15, 40, 28, 28), (6, 700, 7, 7)]
 SPLITS = {
@@ -21,7 +24,7 @@ SPLITS = {
 }
 # Of the largest value: rounding of the type, some times over.
 CLOSE = {
-    torch.float64: 1e-12,
+    torch.float64: 1e-11,
     torch.float32: 1e-5,
     torch.bfloat16: 1.6e-2,
     torch.float16: 2e-3,
@@ -93,33 +96,73 @@ def check(kernels, x, dy, splits, dtype):
     assert_near(bare, (y - bias) / weight, dtype)
 
 
-@pytest.fixture(params=["whole", "blocks"])
-def blocks(request, monkeypatch):
-    """Also cut small tensors into many blocks."""
-    if request.param == "blocks":
-        monkeypatch.setattr(_layout, "BLOCK", 16)
-        for constant, value in {"PIECE": 5, "WIDTH": 7}.items():
-            monkeypatch.setattr(cpu, constant, value)
+@pytest.fixture
+def threads():
+    """Let a test set their number."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check_layouts(kernels, shape, splits, dtype):
+    torch.manual_seed(0)
+    for last in (False, True):
+        x, dy = (torch.randn(shape) * 2 + 1).to(dtype), torch.randn(shape).to(dtype)
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        check(kernels, x, dy, splits, dtype)
+        check(kernels, x, dy.movedim(1, -1).contiguous().movedim(-1, 1), splits, dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
-def test_kernels_compute_their_definition(kernels, shape, splits, dtype, blocks):
+def test_kernels_compute_their_definition(kernels, shape, splits, dtype):
+    check_layouts(kernels, shape, SPLITS[splits], dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("shape", SHAPES_OF_THREADS, ids=str)
+def test_cpu_kernels_share_their_work_among_any_number_of_threads(shape, splits, dtype, threads):
+    """With more of them than rows, they share the features."""
+    for number in (1, 2, 5, 16):
+        threads(number)
+        check_layouts(cpu, shape, SPLITS[splits], dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("length", [(64, 64), (61, 67)], ids=str)
+def test_cpu_kernels_write_large_results_as_small_ones(length, last, dtype):
+    """Those go past the cache, if they lie well for it."""
     torch.manual_seed(0)
-    for last in (False, True):
-        x, dy = (torch.randn(shape) * 2 + 1).to(dtype), torch.randn(shape).to(dtype)
-        if last:
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        check(kernels, x, dy, SPLITS[splits], dtype)
-        check(kernels, x, dy.movedim(1, -1).contiguous().movedim(-1, 1), SPLITS[splits], dtype)
+    x = torch.randn(66, 32, *length).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    dy, affine, splits = torch.randn_like(x), Affine(None, None, 1e-5), (12, 24, 30)
+    moments = Moments(cpu.moments(x, splits, 3))
+    sums = cpu.grad_sums(dy, x, splits, moments, affine)
+    y = cpu.normalize(x, splits, moments, affine)
+    dx = cpu.grad_input(dy, x, splits, moments, affine, sums)
+    assert y.nbytes >= 2**24
+    row = 0
+    for split, size in enumerate(splits):
+        # One after the other they are small.
+        one = Moments(moments.packed[split : split + 1])
+        for start in range(row, row + size, 6):
+            rows = slice(start, start + 6)
+            alone = cpu.normalize(x[rows], (6,), one, affine)
+            assert y[rows].equal(alone)
+            of = sums[split : split + 1]
+            assert dx[rows].equal(cpu.grad_input(dy[rows], x[rows], (6,), one, affine, of))
+        row += size
 
 
-@pytest.mark.parametrize("far", [1.4, 2.9, 3.1, 31, 63, 100, 1e4])
+@pytest.mark.parametrize("far", [1, 30, 100, 1e4])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
-def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
+def test_kernels_hold_far_from_the_origin(kernels, last, far):
     torch.manual_seed(0)
     x, dy = torch.randn(12, 6, 5, 7) + far, torch.randn(12, 6, 5, 7)
     if last:
@@ -130,8 +173,7 @@ def test_kernels_hold_far_from_the_origin(kernels, last, far, blocks):
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("last", [False, True])
-def test_cpu_moments_are_exact_where_only_some_channels_are_far(last, dtype, blocks):
-    """Those alone are summed again, in all splits."""
+def test_cpu_kernels_hold_where_only_some_channels_are_far(last, dtype):
     torch.manual_seed(0)
     x = torch.randn(12, 7, 5, 6)
     x[4:8, 2] += 50
@@ -147,11 +189,11 @@ def test_cpu_moments_are_exact_where_only_some_channels_are_far(last, dtype, blo
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", SHAPES_OF_MANY, ids=str)
 def test_cpu_kernels_keep_the_digits_of_many_values(shape, last, dtype):
-    """ATen's sums, which serve here, are float32: of 90,000 values at once they are off by 2e-6."""
+    """They are added up in float32: of 90,000 values one to the other, that is off by 2e-6."""
     torch.manual_seed(0)
     around = torch.randn(shape)
     # At 1e4, half precision has no digits to keep.
-    for far in (0, 1.4, 2.9, 3.1, 30, 100, 1e4)[: 7 if dtype == torch.float32 else 5]:
+    for far in (0, 1, 3, 30, 100, 1e4)[: 6 if dtype == torch.float32 else 4]:
         x = (around + far).to(dtype)
         if last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -159,7 +201,7 @@ def test_cpu_kernels_keep_the_digits_of_many_values(shape, last, dtype):
         found = Moments(cpu.moments(x, (n, n, n), 3))
         parts = [part.double().transpose(0, 1).flatten(1) for part in x.split(n)]
         var = torch.stack([part.var(1, correction=0) for part in parts])
-        limit = 1e-6 if dtype == torch.float32 else 3e-6
+        limit = 1e-6 if dtype == torch.float32 else 2e-6
         assert ((found.var - var).abs() / var).max() < limit, far
         off = (found.mean - torch.stack([part.mean(1) for part in parts])).abs() / var.sqrt()
         assert off.max() < 2e-6, far
@@ -171,7 +213,7 @@ def test_moments_give_the_inverse_deviation_of_each_eps():
         assert moments.invstd(eps).item() == pytest.approx((1 + eps) ** -0.5)
 
 
-def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
+def test_cpu_kernels_serve_two_threads_at_once():
     torch.manual_seed(0)
     xs, dys = torch.randn(2, 2, 12, 16, 40, 40).bfloat16()
     affine, splits = Affine(None, None, 1e-5), (4, 4, 4)
@@ -194,33 +236,54 @@ def test_cpu_kernels_of_two_threads_work_in_memory_of_their_own():
                 torch.testing.assert_close(dx, expected)
 
 
-def test_cpu_kernels_train_after_inference_mode():
-    """What was allocated in inference mode may not be written to outside it."""
+def test_cpu_kernels_take_tensors_that_are_views():
+    """Of memory that is read backwards, with gaps, in another order, or with the sign to change."""
+    torch.manual_seed(0)
+    values = torch.randn(24, 8, 6, 5, dtype=torch.complex64)
+    affine, splits = Affine(torch.rand(3, 16)[:, ::2], torch.rand(8, 3).T, 1e-5), (4, 3, 5)
+    views = [
+        values.real[::2],
+        values.conj().imag[:12],
+        torch.randn(12, 8, 5, 6).transpose(2, 3),
+        values.real[:12, :, :, :1].expand(12, 8, 6, 5),
+        values.real[0].expand(12, 8, 6, 5),
+    ]
+    for x in views:
+        for dy in views:
+            moments = Moments(cpu.moments(x, splits, 3))
+            close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+            close(moments.packed, aten.moments(x, splits, 3))
+            y = cpu.normalize(x, splits, moments, affine)
+            close(y, aten.normalize(x, splits, moments, affine))
+            sums = cpu.grad_sums(dy, x, splits, moments, affine)
+            close(sums, aten.grad_sums(dy, x, splits, moments, affine))
+            dx = cpu.grad_input(dy, x, splits, moments, affine, sums)
+            close(dx, aten.grad_input(dy, x, splits, moments, affine, sums))
 
-    def step():
-        x = torch.randn(12, 16, 40, 40).bfloat16().requires_grad_()
-        first, _ = sync_split_batch_norm(x, 3, impl="cpu")
-        with torch.inference_mode():
-            first.backward(torch.ones_like(x))
-        x.grad = None
-        sync_split_batch_norm(x, 3, impl="cpu")[0].sum().backward()
-        return x.grad is not None
 
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(step).result()
+def test_cpu_kernels_never_read_or_write_beyond_their_tensors():
+    """What does not fit is an error, not another's memory."""
+    x = torch.zeros(4, 3)
+    for splits, message in (
+        ((2, 1), "sizes must sum"),
+        ((5, -1), "sizes must sum"),
+        (torch.tensor([0, 1, 2, 0]), "index must hold"),
+        (torch.tensor([0, 1, -1, 0]), "index must hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.moments(x, splits, 2)
 
 
-def test_cpu_kernels_keep_no_more_memory_than_a_block(monkeypatch):
-    monkeypatch.setattr(_layout, "BLOCK", 1000)
-
-    def kept():
-        for shape in ((6, 4, 10, 10), (6, 4, 60, 60)):
-            x = torch.randn(shape).bfloat16().requires_grad_()
-            sync_split_batch_norm(x, 3, impl="cpu")[0].sum().backward()
-        return [len(memory) for memory in _layout.scratch.kept.values()]
-
-    with ThreadPoolExecutor(1) as pool:
-        assert 0 < max(pool.submit(kept).result()) <= 4 * 1000
+def test_cpu_kernels_keep_what_is_no_number():
+    """A NaN stays in its split and channel, and is a NaN in half precision too."""
+    for dtype in CLOSE:
+        x = torch.randn(6, 4, 5).to(dtype)
+        x[3, 2, 1] = torch.nan
+        moments = Moments(cpu.moments(x, (2, 4), 2))
+        y = cpu.normalize(x, (2, 4), moments, Affine(None, None, 1e-5))
+        hurt = torch.zeros(6, 4, 5, dtype=torch.bool)
+        hurt[2:, 2] = True
+        assert y.isnan().equal(hurt), dtype
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
@@ -288,7 +351,7 @@ def test_parameters_may_be_given_split_by_split(impl):
 
 
 def test_cpu_kernels_refuse_other_devices():
-    with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor, got"):
+    with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor .* on meta"):
         sync_split_batch_norm(torch.zeros(4, 3, device="meta"), 2, impl="cpu")
 
 
@@ -306,10 +369,23 @@ def test_second_derivative_through_named_kernels_is_refused():
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
-def test_kernels_are_chosen_by_device_and_compile_state(monkeypatch):
+def test_kernels_are_chosen_by_device_type_and_compile_state(monkeypatch):
     x = torch.zeros(4, 3)
     assert choose(None, x) is cpu
     assert choose(None, x.to("meta")) is aten
+    assert choose(None, x.to(torch.float8_e5m2)) is aten
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert choose(None, x) is aten
-    assert choose("cpu", x) is cpu
+    with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor"):
+        choose("cpu", x)
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match="impl='cpu' must be given one of"):
+        choose("cpu", x.to(torch.float8_e5m2))
+
+
+def test_without_compiled_loops_aten_serves_and_their_name_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", "no module")
+    x = torch.zeros(4, 3)
+    assert choose(None, x) is aten
+    with pytest.raises(RuntimeError, match="impl='cpu' must have its compiled loops, got no mod"):
+        sync_split_batch_norm(x, 2, impl="cpu")

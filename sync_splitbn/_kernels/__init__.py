@@ -43,14 +43,25 @@ class Kernels(Protocol):
 def choose(impl: str | None, x: Tensor) -> Kernels:
     """Return the kernels named `impl`, or those that suit for None; a name never falls back."""
     if impl is None:
-        impl = "cpu" if is_eager_cpu(x) else "aten"
+        served = cpu.missing is None and x.dtype in cpu.LETTERS
+        impl = "cpu" if served and is_eager_cpu(x) else "aten"
     if impl == "aten":
         return cast(Kernels, aten)
     if impl == "cpu":
-        if x.device.type != "cpu":
+        if not is_eager_cpu(x):
             raise RuntimeError(
-                f"impl='cpu' must be given a CPU tensor, got device {x.device}; "
-                "pass impl=None to choose by device"
+                "impl='cpu' must be given a CPU tensor with values, outside torch.compile, got one "
+                f"on {x.device}; pass impl=None to choose"
+            )
+        if cpu.missing is not None:
+            raise RuntimeError(
+                f"impl='cpu' must have its compiled loops, got {cpu.missing}; install the package "
+                "where a C++ compiler is, or pass impl=None to choose"
+            )
+        if x.dtype not in cpu.LETTERS:
+            raise TypeError(
+                f"impl='cpu' must be given one of {[*cpu.LETTERS]}, got {x.dtype}; "
+                "pass impl=None to choose"
             )
         return cast(Kernels, cpu)
     if impl == "triton":

@@ -1,0 +1,30 @@
+# Tensors are addresses; a type is a letter of cpu.LETTERS; a batch is what cpu.Batch holds.
+
+Batch = tuple[int | tuple[int, ...], int, int, int, int, bool, int]
+
+def moments(type: str, batch: Batch, x: int, packed: int) -> None: ...
+def normalize(
+    type: str,
+    batch: Batch,
+    x: int,
+    y: int,
+    mean: int,
+    var: int,
+    weights: tuple[int, ...] | None,
+    biases: tuple[int, ...] | None,
+    eps: float,
+) -> None: ...
+def grad_sums(type: str, batch: Batch, dy: int, x: int, mean: int, sums: int) -> None: ...
+def grad_input(
+    type: str,
+    batch: Batch,
+    dy: int,
+    x: int,
+    dx: int,
+    mean: int,
+    var: int,
+    packed: int,
+    sums: int,
+    weights: tuple[int, ...] | None,
+    eps: float,
+) -> None: ...

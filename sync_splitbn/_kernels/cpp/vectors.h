@@ -1,0 +1,167 @@
+// Elements, 32 bytes of what they are computed with at once, by GCC's vector extension.
+
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define X86
+// Before all else: templates are compiled where the file ends. cpu.py asks the processor.
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+using std::int64_t;
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef uint32_t Ints __attribute__((vector_size(32)));
+typedef uint16_t Shorts __attribute__((vector_size(16)));
+
+template <class To, class From>
+inline To bits_of(const From& from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "the same memory");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// What elements are computed with, and several of them in memory.
+template <class T>
+struct Type;
+
+template <>
+struct Type<float> {
+  using Scalar = float;
+  using Vector = Floats;
+  using Packed = Floats;
+  static Vector unpack(Packed packed) { return packed; }
+  static Packed pack(Vector vector) { return vector; }
+};
+
+template <>
+struct Type<double> {
+  using Scalar = double;
+  using Vector = Doubles;
+  using Packed = Doubles;
+  static Vector unpack(Packed packed) { return packed; }
+  static Packed pack(Vector vector) { return vector; }
+};
+
+template <>
+struct Type<Bfloat16> {
+  using Scalar = float;
+  using Vector = Floats;
+  using Packed = Shorts;
+  static Vector unpack(Packed packed) {
+    return bits_of<Floats>(__builtin_convertvector(packed, Ints) << 16);
+  }
+  static Packed pack(Vector vector) {
+    const Ints bits = bits_of<Ints>(vector);
+    // To the nearest, of two to the even one; a NaN stays one.
+    const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Ints result = vector == vector ? rounded : (bits >> 16) | 64;
+#ifdef X86
+    const __m256i wide = bits_of<__m256i>(result);
+    const __m128i low = _mm256_castsi256_si128(wide), high = _mm256_extracti128_si256(wide, 1);
+    return bits_of<Shorts>(_mm_packus_epi32(low, high));
+#else
+    return __builtin_convertvector(result, Shorts);
+#endif
+  }
+};
+
+template <>
+struct Type<Half> {
+  using Scalar = float;
+  using Vector = Floats;
+  using Packed = Shorts;
+#ifdef X86
+  static Vector unpack(Packed packed) { return _mm256_cvtph_ps(bits_of<__m128i>(packed)); }
+  static Packed pack(Vector vector) { return bits_of<Packed>(_mm256_cvtps_ph(vector, 0)); }
+#else
+  typedef _Float16 Halves __attribute__((vector_size(16)));
+  static Vector unpack(Packed packed) {
+    return __builtin_convertvector(bits_of<Halves>(packed), Floats);
+  }
+  static Packed pack(Vector vector) {
+    return bits_of<Packed>(__builtin_convertvector(vector, Halves));
+  }
+#endif
+};
+
+template <class T>
+using Scalar = typename Type<T>::Scalar;
+template <class T>
+using Vector = typename Type<T>::Vector;
+template <class T>
+constexpr int64_t LANES = 32 / sizeof(Scalar<T>);
+
+// How many elements of a vector there are: all, or some.
+struct All {};
+struct Some {
+  int64_t n;
+};
+
+// Calls body(i, All or Some) for n elements, a vector at a time.
+template <class T, class Body>
+inline void vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + LANES<T> <= n; i += LANES<T>) body(i, All());
+  if (i < n) body(i, Some{n - i});
+}
+
+template <class T>
+inline Vector<T> read(const T* from, All) {
+  typename Type<T>::Packed packed;
+  std::memcpy(&packed, from, sizeof packed);
+  return Type<T>::unpack(packed);
+}
+
+// Zero where there is nothing.
+template <class T>
+inline Vector<T> read(const T* from, Some some) {
+  T there[LANES<T>] = {};
+  for (int64_t i = 0; i < some.n; i++) there[i] = from[i];
+  return read(there, All());
+}
+
+inline float read(const float* from) { return *from; }
+inline double read(const double* from) { return *from; }
+template <class T>
+inline float read(const T* from) {
+  return read(from, Some{1})[0];
+}
+
+template <class T>
+inline Vector<T> everywhere(Scalar<T> value) {
+  return value - Vector<T>{};
+}
+
+// Writes past the cache if PAST: then `to` is aligned to what is written.
+template <bool PAST, class T>
+inline void write(Vector<T> vector, T* to, All) {
+  const auto packed = Type<T>::pack(vector);
+#ifdef X86
+  if constexpr (PAST && sizeof packed == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_of<__m256i>(packed));
+  else if constexpr (PAST)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_of<__m128i>(packed));
+#endif
+  std::memcpy(to, &packed, sizeof packed);
+}
+
+template <bool PAST, class T>
+inline void write(Vector<T> vector, T* to, Some some) {
+  T there[LANES<T>];
+  write<false>(vector, there, All());
+  for (int64_t i = 0; i < some.n; i++) to[i] = there[i];
+}
