@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ._moments import accumulation_dtype, is_plain_cpu
 
-# Elements up to which it is faster: where channels lie apart, float32 is summed faster in kernels.
-SMALL, SMALL_FLOAT32 = 2**22, 2**19
+# Elements up to which it is faster: at all, and in float32 with channels apart, and innermost.
+SMALL, SMALL_APART, SMALL_INNERMOST = 2**21, 2**16, 2**18
 # Rows of a split that a thread may add up where channels are innermost, one to the next in
 # float32: a variance of so many is off by some 1e-6.
 ROWS = 2**10
@@ -38,10 +38,12 @@ def suits(input: Tensor, sizes: Sequence[int]) -> bool:
     length = elements // (rows * features)
     if sum(sizes) != rows or min(sizes) * length < 2:
         return False
+    half = input.itemsize < 4
     if input.dim() > 2 and input.is_contiguous():
-        return elements <= SMALL_FLOAT32 or input.itemsize < 4
+        return half or elements <= SMALL_APART
     last = input.dim() in FORMATS and input.is_contiguous(memory_format=FORMATS[input.dim()])
-    return last and max(sizes) * length <= ROWS * torch.get_num_threads()
+    few = max(sizes) * length <= ROWS * torch.get_num_threads()
+    return last and few and (half or elements <= SMALL_INNERMOST)
 
 
 def takes(states: Sequence[State], dtype: torch.dtype) -> bool:

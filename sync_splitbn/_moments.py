@@ -103,13 +103,11 @@ class Moments:
             self._invstd[eps] = (self.var + eps).rsqrt()
         return self._invstd[eps]
 
-    def per_element(self, sums: Tensor) -> Tensor:
-        """Return sums per split, [S, K], divided by its count; 0 where a split is empty."""
-        return sums / self.packed[:, -1:].clamp(min=1)
-
     def _compute(self) -> None:
-        self._mean, square = self.per_element(self.packed[:, :-1]).chunk(2, dim=1)
-        self._var = torch.addcmul(square, self._mean, self._mean, value=-1).clamp(min=0)
+        values, squares = self.packed[:, :-1].chunk(2, dim=1)
+        count = self.packed[:, -1:].clamp(min=1)
+        self._mean = values / count
+        self._var = torch.addcmul(squares / count, self._mean, self._mean, value=-1).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -351,7 +351,7 @@ def test_parameters_may_be_given_split_by_split(impl):
 
 
 def test_cpu_kernels_refuse_other_devices():
-    with pytest.raises(RuntimeError, match="impl='cpu' must be given a CPU tensor .* on meta"):
+    with pytest.raises(RuntimeError, match=r"impl='cpu' must be given a CPU tensor .* on meta"):
         sync_split_batch_norm(torch.zeros(4, 3, device="meta"), 2, impl="cpu")
 
 

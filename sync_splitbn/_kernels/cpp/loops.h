@@ -26,7 +26,7 @@ struct Batch {
   std::vector<int64_t> split;  // of each row
 
   int64_t elements() const { return rows * features * length; }
-  int64_t shares() const { return elements() < 2 * GRAIN ? 1 : threads; }
+  int64_t shares() const { return std::clamp(elements() / GRAIN, int64_t(1), threads); }
 
   // The end of the rows from `row` on that are of its split, `most` of them.
   int64_t until(int64_t row, int64_t most) const {
@@ -37,12 +37,12 @@ struct Batch {
   }
 };
 
-// Calls body(share) for each thread's share.
+// Calls body(share) for each share, by torch's threads: always all of them, as it is quickest.
 template <class Body>
 void parallel(const Batch& batch, const Body& body) {
-  const int64_t shares = batch.elements() ? batch.shares() : 0;
+  const int64_t shares = batch.shares();
   if (shares == 1) return body(0);
-#pragma omp parallel for num_threads(shares) schedule(static, 1) if (shares)
+#pragma omp parallel for num_threads(batch.threads) schedule(static, 1)
   for (int64_t share = 0; share < shares; share++) body(share);
 }
 
@@ -90,13 +90,31 @@ inline void total(const A* __restrict sums, const A* __restrict products, const 
   }
 }
 
+// Adds up rows of features, so many at once, from one on to another.
+template <bool DY, int ONCE, class T>
+inline void add_features(const T* dy, const T* x, int64_t& row, int64_t end, int64_t features,
+                         int64_t width, const Scalar<T>* near, Scalar<T>* sums,
+                         Scalar<T>* products) {
+  for (; row + ONCE <= end; row += ONCE)
+    vectors<T>(width, [&](int64_t c, auto some) {
+      Vector<T> sum = read(sums + c, All()), product = read(products + c, All());
+      const Vector<T> shift = read(near + c, All());
+      for (int64_t i = (row * features) + c, k = 0; k < ONCE; k++, i += features)
+        add<DY>(dy + i, x + i, shift, some, sum, product);
+      write<false>(sum, sums + c, All());
+      write<false>(product, products + c, All());
+    });
+}
+
 // Adds up n positions of all features, DEPTH at most.
 template <bool DY, class T>
 void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, int64_t features,
                    double* totals) {
   for (int64_t from = 0; from < features; from += WIDTH) {
     const int64_t width = std::min(WIDTH, features - from);
-    alignas(32) Scalar<T> near[WIDTH], sums[WIDTH], products[WIDTH];
+    // With place for the whole of the last vector.
+    constexpr int64_t SIZE = WIDTH + LANES<T>;
+    alignas(32) Scalar<T> near[SIZE], sums[SIZE], products[SIZE];
     vectors<T>(width, [&](int64_t c, auto some) {
       Vector<T> shift{};
       if constexpr (DY)
@@ -105,19 +123,14 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
         for (int i = 0; i < 4; i++) shift += read(x + n * i / 4 * features + from + c, some) / 4;
       write<false>(shift, near + c, All());
     });
-    for (int64_t start = 0; start < n; start += ROWS) {
+    for (int64_t row = 0, start = 0; row < n; start = row) {
       const int64_t end = std::min(start + ROWS, n);
-      const int64_t whole = std::min(width + LANES<T>, WIDTH);
-      std::fill_n(sums, whole, 0);
-      std::fill_n(products, whole, 0);
-      // One row after the other, as memory is read fastest.
-      for (int64_t at = start * features + from; at < end * features; at += features)
-        vectors<T>(width, [&](int64_t c, auto some) {
-          Vector<T> sum = read(sums + c, All()), product = read(products + c, All());
-          add<DY>(dy + at + c, x + at + c, read(near + c, All()), some, sum, product);
-          write<false>(sum, sums + c, All());
-          write<false>(product, products + c, All());
-        });
+      std::fill_n(sums, width + LANES<T>, 0);
+      std::fill_n(products, width + LANES<T>, 0);
+      // Short rows one by one, as memory is read fastest; of long ones these sums leave the cache.
+      if (width == WIDTH)
+        add_features<DY, 4>(dy + from, x + from, row, end, features, width, near, sums, products);
+      add_features<DY, 1>(dy + from, x + from, row, end, features, width, near, sums, products);
       total<DY>(sums, products, near, end - start, width, totals + from, totals + features + from);
     }
   }
@@ -196,9 +209,10 @@ void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean
 template <bool DY, class T>
 std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean) {
   const int64_t features = batch.features, length = batch.length, size = 2 * features;
-  const int64_t all = batch.splits * size;
-  std::vector<double> totals(batch.shares() * all);
-  std::vector<Feature<T>> found(batch.last ? 0 : batch.shares() * features);
+  const int64_t all = batch.splits * size, shares = batch.shares();
+  std::vector<double> totals(shares * all);
+  if (!batch.elements()) return totals;
+  std::vector<Feature<T>> found(batch.last ? 0 : shares * features);
   parallel(batch, [&](int64_t share) {
     double* mine = totals.data() + share * all;
     if (batch.last)
@@ -219,7 +233,10 @@ std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Sc
                      mine + split * size);
     }
   });
-  for (int64_t i = all; i < int64_t(totals.size()); i++) totals[i % all] += totals[i];
+  parallel(batch, [&](int64_t share) {
+    for (int64_t i = all * share / shares; i < all * (share + 1) / shares; i++)
+      for (int64_t other = 1; other < shares; other++) totals[i] += totals[other * all + i];
+  });
   totals.resize(all);
   return totals;
 }
@@ -291,6 +308,7 @@ void apply(const Batch& batch, const Map<Scalar<T>>& map, const T* dy, const T* 
   const int64_t run = (batch.last ? batch.features : batch.length) * sizeof(T);
   const bool large = batch.elements() * int64_t(sizeof(T)) >= LARGE;
   const bool aligned = (run | reinterpret_cast<intptr_t>(y)) % 32 == 0;
+  if (!batch.elements()) return;
   parallel(batch, [&](int64_t share) {
     if (large && aligned)
       map_share<DY, true>(batch, map, dy, x, y, share);
