@@ -41,9 +41,9 @@ def sync_split_batch_norm(
         eps: added to the variance, input units squared, positive.
         sync: False takes the statistics of this rank alone.
         process_group: the ranks to sum over; None is the default group.
-        impl: who computes: `"aten"` on any device with float64, `"cpu"` on an eager CPU,
-            `"triton"` on CUDA (tested in Triton's interpreter, not yet run on a GPU), or None to
-            choose between the first two.
+        impl: who computes: `"aten"` on any device with float64, `"cpu"` on an eager CPU if the
+            package was installed where a C++ compiler is, `"triton"` on CUDA (tested in Triton's
+            interpreter, not yet run on a GPU), or None to choose between the first two.
 
     Returns:
         The output, with the shape, type and memory format of `input`, and the moments over all
@@ -52,14 +52,15 @@ def sync_split_batch_norm(
 
     Raises:
         TypeError: `input` is not floating, or `index` not integer.
+        RuntimeError: the named `impl` cannot compute here.
         ValueError: a shape, a size, an index, `eps` or `impl` does not fit. It is raised on the
             rank whose data are wrong, before the collective, so the others wait for their
             time-out: let the same call be right on every rank.
 
     Numerics:
-        Local sums in float32 or wider, taken near the mean or in short pieces, totals in
-        float64. A split with one element normalizes with variance 0. Parameter gradients are
-        sums over the local rows, as DDP expects. Second derivatives are exact.
+        Local sums in float32 or wider, taken near the data, totals in float64. A split with one
+        element normalizes with variance 0. Parameter gradients are sums over the local rows, as
+        DDP expects. Second derivatives are exact.
 
     Communication:
         Forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one all_reduce of

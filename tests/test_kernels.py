@@ -11,6 +11,9 @@ from sync_splitbn import sync_split_batch_norm
 from sync_splitbn._kernels import aten, choose, cpu
 from sync_splitbn._moments import Affine, Moments
 
+COMPILED = pytest.mark.skipif(cpu.missing is not None, reason=f"no compiled loops: {cpu.missing}")
+KERNELS = [pytest.param(aten, id="aten"), pytest.param(cpu, id="cpu", marks=COMPILED)]
+IMPLS = ["aten", pytest.param("cpu", marks=COMPILED)]
 SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
 # For several threads: short rows, long ones, and many features.
 SHAPES_OF_THREADS = [(12, 70, 7, 7), (12, 3, 47, 89), (12, 2100, 3), (12, 3001)]
@@ -117,11 +120,12 @@ def check_layouts(kernels, shape, splits, dtype):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_compute_their_definition(kernels, shape, splits, dtype):
     check_layouts(kernels, shape, SPLITS[splits], dtype)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("shape", SHAPES_OF_THREADS, ids=str)
@@ -132,6 +136,7 @@ def test_cpu_kernels_share_their_work_among_any_number_of_threads(shape, splits,
         check_layouts(cpu, shape, SPLITS[splits], dtype)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("length", [(64, 64), (61, 67)], ids=str)
@@ -161,7 +166,7 @@ def test_cpu_kernels_write_large_results_as_small_ones(length, last, dtype):
 
 @pytest.mark.parametrize("far", [1, 30, 100, 1e4])
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_hold_far_from_the_origin(kernels, last, far):
     torch.manual_seed(0)
     x, dy = torch.randn(12, 6, 5, 7) + far, torch.randn(12, 6, 5, 7)
@@ -171,6 +176,7 @@ def test_kernels_hold_far_from_the_origin(kernels, last, far):
         check(kernels, x, dy, splits, torch.float32)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("last", [False, True])
 def test_cpu_kernels_hold_where_only_some_channels_are_far(last, dtype):
@@ -185,6 +191,7 @@ def test_cpu_kernels_hold_where_only_some_channels_are_far(last, dtype):
         check(cpu, x, torch.randn_like(x), splits, dtype)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", SHAPES_OF_MANY, ids=str)
@@ -213,6 +220,7 @@ def test_moments_give_the_inverse_deviation_of_each_eps():
         assert moments.invstd(eps).item() == pytest.approx((1 + eps) ** -0.5)
 
 
+@COMPILED
 def test_cpu_kernels_serve_two_threads_at_once():
     torch.manual_seed(0)
     xs, dys = torch.randn(2, 2, 12, 16, 40, 40).bfloat16()
@@ -236,6 +244,7 @@ def test_cpu_kernels_serve_two_threads_at_once():
                 torch.testing.assert_close(dx, expected)
 
 
+@COMPILED
 def test_cpu_kernels_take_tensors_that_are_views():
     """Of memory that is read backwards, with gaps, in another order, or with the sign to change."""
     torch.manual_seed(0)
@@ -261,6 +270,7 @@ def test_cpu_kernels_take_tensors_that_are_views():
             close(dx, aten.grad_input(dy, x, splits, moments, affine, sums))
 
 
+@COMPILED
 def test_cpu_kernels_never_read_or_write_beyond_their_tensors():
     """What does not fit is an error, not another's memory."""
     x = torch.zeros(4, 3)
@@ -274,6 +284,7 @@ def test_cpu_kernels_never_read_or_write_beyond_their_tensors():
             cpu.moments(x, splits, 2)
 
 
+@COMPILED
 def test_cpu_kernels_keep_what_is_no_number():
     """A NaN stays in its split and channel, and is a NaN in half precision too."""
     for dtype in CLOSE:
@@ -287,7 +298,7 @@ def test_cpu_kernels_keep_what_is_no_number():
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
-@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_take_empty_tensors(kernels, shape):
     x = torch.zeros(shape)
     n, features = shape[0] // 3, shape[1]
@@ -304,7 +315,7 @@ def test_kernels_take_empty_tensors(kernels, shape):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kernels", [aten, cpu], ids=["aten", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_take_a_relu_along(kernels, last):
     torch.manual_seed(0)
     x, dy = torch.randn(12, 5, 3, 3, requires_grad=True), torch.randn(12, 5, 3, 3)
@@ -318,7 +329,7 @@ def test_kernels_take_a_relu_along(kernels, last):
     torch.testing.assert_close(kernels.grad_input(dy, x, (6, 6), moments, affine, sums), dx)
 
 
-@pytest.mark.parametrize("impl", ["aten", "cpu"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_named_kernels_serve_the_operation(impl):
     torch.manual_seed(0)
     x, dy = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
@@ -332,7 +343,7 @@ def test_named_kernels_serve_the_operation(impl):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["aten", "cpu"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_parameters_may_be_given_split_by_split(impl):
     """As the layer has them: gradients reach each, and one that all share gets their sum."""
     torch.manual_seed(0)
@@ -362,6 +373,7 @@ def test_triton_kernels_without_triton_or_cuda_are_refused():
         sync_split_batch_norm(torch.zeros(4, 3), 2, impl="triton")
 
 
+@COMPILED
 def test_second_derivative_through_named_kernels_is_refused():
     x = torch.randn(4, 3, requires_grad=True)
     y, _ = sync_split_batch_norm(x, 2, impl="cpu")
@@ -369,6 +381,7 @@ def test_second_derivative_through_named_kernels_is_refused():
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
+@COMPILED
 def test_kernels_are_chosen_by_device_type_and_compile_state(monkeypatch):
     x = torch.zeros(4, 3)
     assert choose(None, x) is cpu

@@ -5,6 +5,7 @@ and a compiler is at hand. They move what must be moved: x once for the moments,
 normalizing, dy and x for the sums, dy, x and dx for the gradient.
 """
 
+import importlib.util
 import math
 import platform
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ missing: str | None = None
 try:
     from . import _cpu
 except ImportError as error:
-    missing = str(error)
+    compiled = importlib.util.find_spec(f"{__package__}._cpu") is not None
+    missing = str(error) if compiled else "none"
 else:
     # They are compiled for it, and a processor without it would stop the process.
     x86 = platform.machine() in ("x86_64", "AMD64")
