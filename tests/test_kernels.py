@@ -18,7 +18,15 @@ SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2
 # For several threads: short rows, long ones, and many features.
 SHAPES_OF_THREADS = [(12, 70, 7, 7), (12, 3, 47, 89), (12, 2100, 3), (12, 3001)]
 # Long rows, many rows, and neither.
-SHAPES_OF_MANY = [(3, 2, 301, 301), (3, 512, 101, 101), (15, 40, 28, 28), (6, 700, 7, 7)]
+SHAPES_OF_MANY = [
+    (3, 2, 301, 301),
+    (3, 512, 101, 101),
+    (15, 40, 28, 28),
+    (6, 700, 7, 7),
+    (90000, 1),
+    (30000, 4, 2),
+    (90000, 3),
+]
 SPLITS = {
     "equal": (4, 4, 4),
     "uneven": (1, 8, 3),
@@ -203,7 +211,7 @@ def test_cpu_kernels_keep_the_digits_of_many_values(shape, last, dtype):
     for far in (0, 1, 3, 30, 100, 1e4)[: 6 if dtype == torch.float32 else 4]:
         x = (around + far).to(dtype)
         if last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         n = shape[0] // 3
         found = Moments(cpu.moments(x, (n, n, n), 3))
         parts = [part.double().transpose(0, 1).flatten(1) for part in x.split(n)]
@@ -258,7 +266,7 @@ def test_cpu_kernels_take_tensors_that_are_views():
         values.real[0].expand(12, 8, 6, 5),
     ]
     for x in views:
-        for dy in views:
+        for dy in [*views, views[0].bfloat16()]:
             moments = Moments(cpu.moments(x, splits, 3))
             close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
             close(moments.packed, aten.moments(x, splits, 3))
@@ -271,12 +279,55 @@ def test_cpu_kernels_take_tensors_that_are_views():
 
 
 @COMPILED
+def test_index_and_parameters_may_be_views():
+    """Of another order, of one element for all, and with the sign to change."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 12, 4, 3)
+    ids = torch.randint(3, (12, 5))
+    for index in (ids[:, 2], ids[:, 1].int(), ids.T[0], ids[:1, 0].expand(12)):
+        weight = torch._neg_view(torch.rand(3, 4))
+        bias = torch.randn(4, 3, dtype=torch.complex64).conj().imag.T
+        found = []
+        for impl in ("cpu", "aten"):
+            leaf = x.clone().requires_grad_()
+            y, moments = sync_split_batch_norm(leaf, 3, weight, bias, index=index, impl=impl)
+            y.backward(dy)
+            found.append((y, leaf.grad, moments.packed))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cpu_kernels_round_to_half_precision_as_torch_does(dtype):
+    """To the nearest, and of two as near to the even one."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite()].view(1, 1, -1)
+    moments = Moments.given(torch.zeros(1, 1).double(), torch.full((1, 1), 0.5).double())
+    weight = torch.full((1, 1), 1 + torch.finfo(dtype).eps / 2)
+    y = cpu.normalize(x, (1,), moments, Affine(weight, None, 0.5))
+    assert y.equal((x.float() * weight).to(dtype))
+
+
+@COMPILED
+def test_cpu_kernels_leave_an_infinite_gradient_infinite():
+    for length in (3, 8, 9, 16, 33):
+        x, dy = torch.randn(1, 2, length), torch.zeros(1, 2, length)
+        dy[0, 0] = torch.inf
+        moments = Moments(cpu.moments(x, (1,), 1))
+        sums = cpu.grad_sums(dy, x, (1,), moments, Affine(None, None, 1e-5))
+        assert sums[0, 0] == torch.inf
+        assert sums[0, 1] == 0
+
+
+@COMPILED
 def test_cpu_kernels_never_read_or_write_beyond_their_tensors():
     """What does not fit is an error, not another's memory."""
     x = torch.zeros(4, 3)
     for splits, message in (
         ((2, 1), "sizes must sum"),
         ((5, -1), "sizes must sum"),
+        ((1, 2**63 - 1), "sizes must sum"),
         (torch.tensor([0, 1, 2, 0]), "index must hold"),
         (torch.tensor([0, 1, -1, 0]), "index must hold"),
     ):

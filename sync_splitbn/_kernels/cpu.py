@@ -38,7 +38,7 @@ LETTERS = {
 
 def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     """Return the packed local moments of `x`, [S, 2C + 1], float64."""
-    x = _dense(x)
+    x, splits = _dense(x), _plain(splits)
     packed = x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
     batch = _batch(x, splits, num_splits)
     _cpu.moments(LETTERS[x.dtype], batch, x.data_ptr(), packed.data_ptr())
@@ -47,7 +47,8 @@ def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
 
 def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return `(x - mean) * invstd * weight + bias` with each row's split's values, like `x`."""
-    x, mean, var = _dense(x), moments.mean.contiguous(), moments.var.contiguous()
+    x, splits = _dense(x), _plain(splits)
+    mean, var = moments.mean.contiguous(), moments.var.contiguous()
     y = torch.empty_like(x)
     weights, biases = _contiguous(affine.weights), _contiguous(affine.biases)
     _cpu.normalize(
@@ -67,7 +68,7 @@ def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Te
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type."""
     dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
-    x, mean = _dense(x), moments.mean.contiguous()
+    x, splits, mean = _dense(x), _plain(splits), moments.mean.contiguous()
     dy = _like(dy, x)
     sums = x.new_empty((len(mean), 2 * x.shape[1]), dtype=accumulation_dtype(x.dtype))
     _cpu.grad_sums(
@@ -86,8 +87,10 @@ def grad_input(
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
     dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
-    x, mean, var = _dense(x), moments.mean.contiguous(), moments.var.contiguous()
-    dy, dx, sums = _like(dy, x), torch.empty_like(x), sums.contiguous()
+    x, splits = _dense(x), _plain(splits)
+    mean, var = moments.mean.contiguous(), moments.var.contiguous()
+    dy, dx = _like(dy, x), torch.empty_like(x)
+    packed, sums = moments.packed.contiguous(), sums.contiguous()
     weights = _contiguous(affine.weights)
     _cpu.grad_input(
         LETTERS[x.dtype],
@@ -97,7 +100,7 @@ def grad_input(
         dx.data_ptr(),
         mean.data_ptr(),
         var.data_ptr(),
-        moments.packed.data_ptr(),
+        packed.data_ptr(),
         sums.data_ptr(),
         _addresses(weights),
         affine.eps,
@@ -112,11 +115,16 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """Return `dy` with its elements where `x` has its own."""
-    dy = dy.resolve_neg()
+    """Return `dy` with its elements where `x` has its own, and of their type."""
+    dy = dy.resolve_neg().to(x.dtype)
     if dy.stride() == x.stride() or (dy.is_contiguous() and x.is_contiguous()):
         return dy
     return torch.empty_like(x).copy_(dy)
+
+
+def _plain(splits: Splits) -> Splits:
+    """Return the splits as the loops read them; hold it while they do."""
+    return splits.long().contiguous() if isinstance(splits, Tensor) else splits
 
 
 def _batch(
@@ -132,7 +140,7 @@ def _batch(
 
 def _contiguous(values: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor] | None:
     """Return the values of each split, [C], without gaps."""
-    return None if values is None else [each.contiguous() for each in values]
+    return None if values is None else [each.resolve_neg().contiguous() for each in values]
 
 
 def _addresses(values: Sequence[Tensor] | None) -> tuple[int, ...] | None:

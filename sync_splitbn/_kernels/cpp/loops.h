@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <vector>
 
-// Positions of one feature next to each other, or rows of features, added up in float32.
+// Positions of one feature next to each other, and rows, added up in float32.
 constexpr int64_t RUN = 2048, ROWS = 32;
 // Rows near one value, and features gone through at once.
 constexpr int64_t DEPTH = 128, WIDTH = 2048;
@@ -165,9 +165,9 @@ inline void add_run(const T* dy, const T* x, int64_t n, Feature<T>& found) {
     products[1] += u * v;
   } else if (at < n) {
     // The last vector there is, and of it what has not been added yet.
-    const Vector<T> keep = read(KEEP<Scalar<T>> + 8 - N + n - at, All());
-    const Vector<T> v = (read(x + n - N, All()) - near) * keep;
-    const Vector<T> u = DY ? read(dy + n - N, All()) * keep : v;
+    const auto fresh = read(KEEP<Scalar<T>> + 8 - N + n - at, All()) > 0;
+    const Vector<T> v = fresh ? read(x + n - N, All()) - near : Vector<T>{};
+    const Vector<T> u = DY ? (fresh ? read(dy + n - N, All()) : Vector<T>{}) : v;
     sums[1] += u;
     products[1] += u * v;
   }
@@ -223,7 +223,8 @@ std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Sc
       });
     const Block block(batch, share);
     // Short rows together, long ones feature by feature, as memory is read fastest.
-    const int64_t most = std::max(RUN / length, int64_t(1)), group = length > RUN ? 1 : features;
+    const int64_t most = std::clamp(RUN / length, int64_t(1), ROWS);
+    const int64_t group = length > RUN ? 1 : features;
     for (int64_t row = block.row, to; row < block.row_end; row = to) {
       to = std::min(block.row_end, batch.until(row, most));
       const int64_t i = row * features * length, split = batch.split[row];

@@ -9,7 +9,7 @@
 #include <Python.h>
 
 #include <cmath>
-#include <new>
+#include <exception>
 
 namespace {
 
@@ -33,9 +33,38 @@ T* pointer(Py_ssize_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-int refuse(const char* message) {
-  PyErr_SetString(PyExc_ValueError, message);
+int refuse(PyObject* error, const char* message) {
+  PyErr_SetString(error, message);
   return 0;
+}
+
+// Calls body() for its result; memory that there is not is no reason to end the process.
+template <class Body>
+int guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception&) {
+    PyErr_NoMemory();
+    return 0;
+  }
+}
+
+// Reads numbers from a tuple.
+int read_numbers(PyObject* given, std::vector<int64_t>& numbers) {
+  if (!PyTuple_Check(given)) return refuse(PyExc_TypeError, "numbers must be in a tuple");
+  for (Py_ssize_t i = 0; i < PyTuple_Size(given); i++)
+    numbers.push_back(PyLong_AsSsize_t(PyTuple_GetItem(given, i)));
+  return !PyErr_Occurred();
+}
+
+// Fills in the split of each row from S sizes.
+int expand(const std::vector<int64_t>& sizes, Batch& batch) {
+  for (size_t split = 0; split < sizes.size(); split++) {
+    const int64_t rows = batch.split.size(), size = sizes[split];
+    if (size < 0 || size > batch.rows - rows) break;
+    batch.split.resize(rows + size, split);
+  }
+  return int64_t(batch.split.size()) == batch.rows;
 }
 
 // Reads (sizes or the address of an index, S, N, C, L, whether features are innermost, threads).
@@ -47,31 +76,26 @@ int read_batch(PyObject* given, void* into) {
                         &batch.length, &last, &batch.threads))
     return 0;
   batch.last = last;
-  if (PyLong_Check(splits)) {
-    const int64_t* index = pointer<int64_t>(PyLong_AsSsize_t(splits));
-    batch.split.assign(index, index + batch.rows);
-  } else {
-    for (Py_ssize_t i = 0, rows = 0; i < PyTuple_Size(splits); i++) {
-      const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GetItem(splits, i));
-      rows += size;
-      if (size < 0 || rows > batch.rows) return refuse("sizes must sum to the rows");
-      batch.split.resize(rows, i);
+  return guarded([&] {
+    if (PyLong_Check(splits)) {
+      const int64_t* index = pointer<int64_t>(PyLong_AsSsize_t(splits));
+      batch.split.assign(index, index + batch.rows);
+    } else {
+      std::vector<int64_t> sizes;
+      if (!read_numbers(splits, sizes)) return 0;
+      if (!expand(sizes, batch)) return refuse(PyExc_ValueError, "sizes must sum to the rows");
     }
-  }
-  if (PyErr_Occurred()) return 0;
-  if (int64_t(batch.split.size()) != batch.rows) return refuse("sizes must sum to the rows");
-  for (const int64_t split : batch.split)
-    if (split < 0 || split >= batch.splits) return refuse("index must hold splits");
-  return 1;
+    for (const int64_t split : batch.split)
+      if (split < 0 || split >= batch.splits)
+        return refuse(PyExc_ValueError, "index must hold splits");
+    return 1;
+  });
 }
 
 // Reads an address for each split, or None.
 int read_addresses(PyObject* given, void* into) {
-  auto& addresses = *static_cast<std::vector<Py_ssize_t>*>(into);
-  if (given == Py_None) return 1;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(given); i++)
-    addresses.push_back(PyLong_AsSsize_t(PyTuple_GetItem(given, i)));
-  return !PyErr_Occurred();
+  auto& addresses = *static_cast<std::vector<int64_t>*>(into);
+  return given == Py_None || guarded([&] { return read_numbers(given, addresses); });
 }
 
 // Calls body without Python's lock.
@@ -81,7 +105,7 @@ PyObject* unlocked(const Body& body) {
   Py_BEGIN_ALLOW_THREADS
   try {
     body();
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     enough = false;
   }
   Py_END_ALLOW_THREADS
@@ -114,7 +138,7 @@ PyObject* normalize(PyObject*, PyObject* args) {
   int type;
   Batch batch;
   Py_ssize_t x, y, mean, var;
-  std::vector<Py_ssize_t> weights, biases;
+  std::vector<int64_t> weights, biases;
   double eps;
   if (!PyArg_ParseTuple(args, "CO&nnnnO&O&d", &type, read_batch, &batch, &x, &y, &mean, &var,
                         read_addresses, &weights, read_addresses, &biases, &eps))
@@ -166,7 +190,7 @@ PyObject* grad_input(PyObject*, PyObject* args) {
   int type;
   Batch batch;
   Py_ssize_t dy, x, dx, mean, var, packed, sums;
-  std::vector<Py_ssize_t> weights;
+  std::vector<int64_t> weights;
   double eps;
   if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx, &mean,
                         &var, &packed, &sums, read_addresses, &weights, &eps))
