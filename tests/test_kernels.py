@@ -346,6 +346,10 @@ def test_cpu_kernels_keep_what_is_no_number():
         hurt = torch.zeros(6, 4, 5, dtype=torch.bool)
         hurt[2:, 2] = True
         assert y.isnan().equal(hurt), dtype
+        # Rounding one with all bits set would make a zero of it.
+        weight = torch.full((2, 4), -1, dtype=torch.int32).view(torch.float32)
+        weight = weight.to(torch.promote_types(dtype, torch.float32))
+        assert cpu.normalize(x, (2, 4), moments, Affine(weight, None, 1e-5)).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
