@@ -45,17 +45,21 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         The parameters are S weights and S biases, [C] each, or None.
         """
         kernels = _kernels.choose(impl, x)
-        packed = all_reduce_(kernels.moments(x, splits, num_splits), group)
-        moments = Moments(packed)
-        ctx.sizes = None if isinstance(splits, Tensor) else splits
-        described = packed, moments.mean, moments.var
         weights, biases = parameters[:num_splits], parameters[num_splits:]
+        affine = Affine(_all_or_none(weights), _all_or_none(biases), eps)
+        alone = _kernels.of_alone(kernels, group)
+        if alone is not None:
+            y, moments = alone.alone(x, splits, num_splits, affine)
+        else:
+            moments = Moments(all_reduce_(kernels.moments(x, splits, num_splits), group))
+            y = kernels.normalize(x, splits, moments, affine)
+        described = moments.packed, moments.mean, moments.var
+        ctx.sizes = None if isinstance(splits, Tensor) else splits
         ctx.save_for_backward(x, _saved(splits, x), *described, *weights)
         ctx.eps, ctx.group, ctx.impl = eps, group, impl
         ctx.mark_non_differentiable(*described)
         ctx.set_materialize_grads(False)
-        affine = Affine(_all_or_none(weights), _all_or_none(biases), eps)
-        return kernels.normalize(x, splits, moments, affine), *described
+        return y, *described
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -77,16 +81,20 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             kernels, total = _kernels.choose("aten", x), differentiable_all_reduce
             moments = Moments(total(kernels.moments(x, splits, len(weights)), ctx.group))
         affine = Affine(_all_or_none(weights), None, ctx.eps)
-        local = kernels.grad_sums(dy, x, splits, moments, affine)
+        alone = _kernels.of_alone(kernels, ctx.group)
         dx: Tensor | None = None
-        dweights: Sequence[Tensor | None] = (None,) * len(weights)
-        dbiases = dweights
-        if ctx.needs_input_grad[0]:
-            sums = total(local, ctx.group)
-            dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
-        sum_dy, sum_dy_xmu = local.chunk(2, dim=1)
-        if any(ctx.needs_input_grad[-2 * len(weights) : -len(weights)]):
-            dweights = (sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)).unbind()
-        if any(ctx.needs_input_grad[-len(weights) :]):
-            dbiases = sum_dy.unbind()
+        if alone is not None and ctx.needs_input_grad[0]:
+            dx, parameters = alone.grad_alone(dy, x, splits, moments, affine)
+            dweight, dbias = parameters.unbind()
+        else:
+            local = kernels.grad_sums(dy, x, splits, moments, affine)
+            if ctx.needs_input_grad[0]:
+                sums = total(local, ctx.group)
+                dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
+            dbias, sum_dy_xmu = local.chunk(2, dim=1)
+            dweight = sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)
+        needed = ctx.needs_input_grad[-2 * len(weights) :]
+        none = (None,) * len(weights)
+        dweights = dweight.unbind() if any(needed[: len(weights)]) else none
+        dbiases = dbias.unbind() if any(needed[len(weights) :]) else none
         return dx, None, None, None, None, None, *dweights, *dbiases

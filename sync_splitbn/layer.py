@@ -3,9 +3,8 @@
 S splits, C features, N rows.
 """
 
-import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import _alone
-from ._collectives import resolve_group
+from ._kernels import cpu
 from ._moments import Moments, accumulation_dtype, is_eager_cpu
 from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
@@ -67,11 +65,9 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         ValueError: a shape, size or index does not fit; see `sync_split_batch_norm`.
 
     Numerics:
-        As `sync_split_batch_norm`, but for a small batch of one rank on a CPU: ATen's batch norm
-        takes it, split by split, with a variance within some 1e-6. A split that is empty on all
-        ranks keeps its running statistics and its counter, one with a single element its
-        `running_var`. The running variance is the unbiased one of the whole split. All ranks hold
-        the same bits.
+        As `sync_split_batch_norm`. A split that is empty on all ranks keeps its running
+        statistics and its counter, one with a single element its `running_var`. The running
+        variance is the unbiased one of the whole split. All ranks hold the same bits.
 
     Communication:
         In training, forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one of
@@ -111,14 +107,9 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         elif not self.training:
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         # Activation checkpointing runs forward again inside backward: count a batch once.
-        eager = not torch.compiler.is_compiling()
-        again = eager and torch._C._current_graph_task_id() != -1
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         tracking = self.training and self.track_running_stats and self.running_mean is not None
         tracking = tracking and not self._stats_frozen
-        if eager and index is None:
-            output = self._normalize_alone(input, sizes, tracking, again)
-            if output is not None:
-                return output
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
@@ -134,53 +125,22 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             self._update_running_stats(moments)
         return output
 
-    def _normalize_alone(
-        self, input: Tensor, sizes: Sequence[int] | None, tracking: bool, again: bool
-    ) -> Tensor | None:
-        """Normalize a small batch that no other rank has part in; return None for another."""
-        if sizes is None:
-            sizes = (input.shape[0] // self.num_splits,) * self.num_splits
-        momentum = self.momentum
-        if momentum is None or not self.eps > 0 or not _alone.suits(input, sizes):
-            return None
-        if self.training and resolve_group(self.process_group) is not None:
-            return None
-        # Autograd saves running statistics, though it will not need them. An alias does not mind
-        # what moves them before backward; a forward that is run again moves a copy.
-        held = operator.methodcaller("clone") if again else operator.attrgetter("data")
-        splits, states = list(self._splits()), []
-        for stats in splits:
-            own, mean, var = self if self.share_affine else stats, None, None
-            if tracking:
-                mean, var = held(stats.running_mean), held(stats.running_var)
-            states.append((own.weight, own.bias, mean, var))
-        if not _alone.takes(states, input.dtype):
-            return None
-        output = _alone.normalize(input, sizes, states, momentum, self.eps)
-        if tracking and not again and output is not None:
-            torch._foreach_add_([stats.num_batches_tracked for stats in splits], 1)
-        return output
-
     @torch.no_grad()
     def _update_running_stats(self, moments: Moments) -> None:
         """Move every split's running statistics, on the device, by the moments of all ranks."""
         splits = list(self._splits())
         trackers = [stats.num_batches_tracked for stats in splits]
-        running = [stats.running_mean for stats in splits] + [stats.running_var for stats in splits]
-        if self.momentum is not None and is_eager_cpu(moments.packed):
-            counts = moments.count.tolist()
-            if min(counts) > 1:
-                # The usual case, in few calls.
-                mean, var = (t.to(running[0].dtype).unbind() for t in (moments.mean, moments.var))
-                unbiased = torch._foreach_mul(var, [count / (count - 1) for count in counts])
-                torch._foreach_lerp_(running, [*mean, *unbiased], self.momentum)
-                torch._foreach_add_(trackers, 1)
-                return
+        means = [stats.running_mean for stats in splits]
+        variances = [stats.running_var for stats in splits]
+        step: Any = self.momentum
+        on_host = step is not None and is_eager_cpu(moments.packed)
+        if on_host and cpu.follow(means, variances, trackers, moments, step):
+            return
+        running = means + variances
         # A split without elements tells nothing, one with a single element no variance.
         count = moments.packed[:, -1:]
         seen, several = count > 0, count > 1
         torch._foreach_add_(trackers, seen.long().flatten().unbind())
-        step: Any = self.momentum
         if step is None:
             tracked = torch.stack(trackers)
             step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)

@@ -14,7 +14,7 @@ FLOORS = [
     {"convert", "diagnostics"},
     {"layer"},
     {"_state"},
-    {"assignment", "functional", "_alone"},
+    {"assignment", "functional"},
     {"_autograd"},
     {"_kernels"},
     {"_kernels.aten", "_kernels.cpu", "_kernels.triton", "_collectives"},

@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 
 from sync_splitbn import (
     SyncSplitBatchNorm,
-    _alone,
     assign_splits,
     convert_sync_split_batchnorm,
     revert_sync_split_batchnorm,
@@ -123,26 +122,20 @@ def test_functional_call_takes_other_parameters_and_buffers():
         torch.testing.assert_close(state[name], value)
 
 
-def test_vmap_is_right_in_evaluation_and_refused_in_training(monkeypatch):
+def test_vmap_is_right_in_evaluation_and_refused_in_training():
     model = trained_model()
     x = torch.randn(5, 3, 3, 4, 4)
-    for small, message in ((2**22, "updated in place"), (0, "setup_context")):
-        monkeypatch.setattr(_alone, "SMALL", small)
-        with pytest.raises(RuntimeError, match=message):
-            torch.func.vmap(model)(x)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(model)(x)
     model.eval()
     with torch.no_grad():
         expected = torch.stack([model(part) for part in x])
         torch.testing.assert_close(torch.func.vmap(model)(x), expected)
 
 
-def test_forward_mode_differentiation_is_right_or_refused(monkeypatch):
+def test_forward_mode_differentiation_is_refused():
     layer = SyncSplitBatchNorm(3).double()
     x, direction = torch.randn(2, 8, 3, dtype=torch.float64).unbind()
-    _, found = torch.func.jvp(layer, (x,), (direction,))
-    step = 1e-6 * direction
-    torch.testing.assert_close(found, (layer(x + step) - layer(x - step)) / 2e-6)
-    monkeypatch.setattr(_alone, "SMALL", 0)
     with pytest.raises(RuntimeError, match=r"(?i)forward mode|jvp|setup_context"):
         torch.func.jvp(layer, (x,), (direction,))
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sync_splitbn import SyncSplitBatchNorm, _alone, assign_splits, frozen_stats
+from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, frozen_stats
 
 PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(6, 5), (6, 5, 1), (6, 5, 7), (6, 5, 3, 4), (6, 5, 2, 3, 2), (6, 1, 3, 3)]
@@ -19,9 +19,10 @@ HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # one rounding of an outpu
 
 @pytest.fixture(params=["alone", "kernels"], autouse=True)
 def way(request, monkeypatch):
-    """A small batch of one rank is normalized without the kernels; have them too."""
+    """A rank alone has each way in one call; have what ranks together, and other devices, do."""
     if request.param == "kernels":
-        monkeypatch.setattr(_alone, "SMALL", 0)
+        monkeypatch.setattr(_kernels, "of_alone", lambda kernels, group: None)
+        monkeypatch.setattr(_kernels.cpu, "follow", lambda *args: False)
 
 
 def randomized(layer, seed=0):

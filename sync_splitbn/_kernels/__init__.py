@@ -40,6 +40,18 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
+class AloneKernels(Protocol):
+    """What a kernel module offers besides for a rank without others: each way in one call."""
+
+    def alone(
+        self, x: Tensor, splits: Splits, num_splits: int, affine: Affine
+    ) -> tuple[Tensor, Moments]: ...
+
+    def grad_alone(
+        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 def choose(impl: str | None, x: Tensor) -> Kernels:
     """Return the kernels named `impl`, or those that suit for None; a name never falls back."""
     if impl is None:
@@ -73,3 +85,8 @@ def choose(impl: str | None, x: Tensor) -> Kernels:
             )
         return cast(Kernels, importlib.import_module(f"{__name__}.triton"))
     raise ValueError(f"impl must be one of 'aten', 'cpu', 'triton' or None, got {impl!r}")
+
+
+def of_alone(kernels: Kernels, group: object) -> AloneKernels | None:
+    """Return what these kernels offer for a rank without a group, if it is more than the four."""
+    return cpu if group is None and kernels is cpu else None

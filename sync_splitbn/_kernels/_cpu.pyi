@@ -28,3 +28,39 @@ def grad_input(
     weights: tuple[int, ...] | None,
     eps: float,
 ) -> None: ...
+def alone(
+    type: str,
+    batch: Batch,
+    x: int,
+    y: int,
+    packed: int,
+    mean: int,
+    var: int,
+    weights: tuple[int, ...] | None,
+    biases: tuple[int, ...] | None,
+    eps: float,
+) -> None: ...
+def grad_alone(
+    type: str,
+    batch: Batch,
+    dy: int,
+    x: int,
+    dx: int,
+    mean: int,
+    var: int,
+    packed: int,
+    grads: int,
+    weights: tuple[int, ...] | None,
+    eps: float,
+) -> None: ...
+def follow(
+    type: str,
+    features: int,
+    packed: int,
+    mean: int,
+    var: int,
+    means: tuple[int, ...],
+    vars: tuple[int, ...],
+    trackers: tuple[int, ...],
+    momentum: float,
+) -> None: ...

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._moments import Affine, Moments, Splits, accumulation_dtype
+from .._moments import Affine, Moments, Splits, accumulation_dtype, is_eager_cpu
 
 # Why the loops cannot be used here, if they cannot.
 missing: str | None = None
@@ -28,6 +28,7 @@ else:
     if x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         missing = "a processor without AVX2"
 
+SUMS = torch.float64
 LETTERS = {
     torch.float32: "f",
     torch.float64: "d",
@@ -106,6 +107,90 @@ def grad_input(
         affine.eps,
     )
     return dx
+
+
+def alone(x: Tensor, splits: Splits, num_splits: int, affine: Affine) -> tuple[Tensor, Moments]:
+    """Return `normalize` by the moments of `x` itself, and these."""
+    x, splits, features = _dense(x), _plain(splits), x.shape[1]
+    y, packed = torch.empty_like(x), x.new_empty((num_splits, 2 * features + 1), dtype=SUMS)
+    mean, var = x.new_empty((2, num_splits, features), dtype=SUMS).unbind()
+    weights, biases = _contiguous(affine.weights), _contiguous(affine.biases)
+    _cpu.alone(
+        LETTERS[x.dtype],
+        _batch(x, splits, num_splits),
+        x.data_ptr(),
+        y.data_ptr(),
+        packed.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        _addresses(weights),
+        _addresses(biases),
+        affine.eps,
+    )
+    return y.relu_() if affine.relu else y, Moments(packed, mean, var)
+
+
+def grad_alone(
+    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+) -> tuple[Tensor, Tensor]:
+    """Return `grad_input` by the sums of `dy` itself, and the parameters' gradients, [2, S, C]."""
+    dy = affine.through_relu(dy, lambda: normalize(x, splits, moments, affine))
+    x, splits = _dense(x), _plain(splits)
+    dy, dx = _like(dy, x), torch.empty_like(x)
+    mean, var, packed = (t.contiguous() for t in (moments.mean, moments.var, moments.packed))
+    grads = x.new_empty((2, *mean.shape), dtype=accumulation_dtype(x.dtype))
+    weights = _contiguous(affine.weights)
+    _cpu.grad_alone(
+        LETTERS[x.dtype],
+        _batch(x, splits, len(mean)),
+        dy.data_ptr(),
+        x.data_ptr(),
+        dx.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        packed.data_ptr(),
+        grads.data_ptr(),
+        _addresses(weights),
+        affine.eps,
+    )
+    return dx, grads
+
+
+def follow(
+    means: Sequence[Tensor],
+    vars: Sequence[Tensor],
+    trackers: Sequence[Tensor],
+    moments: Moments,
+    momentum: float,
+) -> bool:
+    """Move the running statistics of each split by these moments, if they are as the loops know.
+
+    Return whether they were; a split without elements moves nothing, of one element no variance.
+    """
+    dtype = means[0].dtype
+    running = (*means, *vars)
+    if missing is not None or dtype not in (torch.float32, torch.float64):
+        return False
+    if not all(t.dtype == dtype and is_eager_cpu(t) and t.is_contiguous() for t in running):
+        return False
+    if not all(t.dtype == torch.int64 and is_eager_cpu(t) for t in trackers):
+        return False
+    packed, mean, var = (t.contiguous() for t in (moments.packed, moments.mean, moments.var))
+    _cpu.follow(
+        LETTERS[dtype],
+        means[0].numel(),
+        packed.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        tuple(t.data_ptr() for t in means),
+        tuple(t.data_ptr() for t in vars),
+        tuple(t.data_ptr() for t in trackers),
+        momentum,
+    )
+    # Whoever saved them for a backward pass is told, as by any operator.
+    told = [t for t in (*running, *trackers) if not t.is_inference()]
+    torch.autograd.graph.increment_version(told)
+    return True
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -98,13 +98,13 @@ int read_addresses(PyObject* given, void* into) {
   return given == Py_None || guarded([&] { return read_numbers(given, addresses); });
 }
 
-// Calls body without Python's lock.
+// Calls body(T()) for the type of elements, without Python's lock.
 template <class Body>
-PyObject* unlocked(const Body& body) {
+PyObject* unlocked(int type, const Body& body) {
   bool enough = true;
   Py_BEGIN_ALLOW_THREADS
   try {
-    body();
+    of_type(type, body);
   } catch (const std::exception&) {
     enough = false;
   }
@@ -113,109 +113,213 @@ PyObject* unlocked(const Body& body) {
   Py_RETURN_NONE;
 }
 
+// What the four kernels share of a layer: [S, C] mean and var, and the parameters.
+struct Layer {
+  Py_ssize_t mean, var;
+  std::vector<int64_t> weights, biases;
+  double eps;
+
+  template <class A>
+  double weight(int64_t split, int64_t feature) const {
+    return weights.empty() ? 1 : pointer<A>(weights[split])[feature];
+  }
+  template <class A>
+  double bias(int64_t split, int64_t feature) const {
+    return biases.empty() ? 0 : pointer<A>(biases[split])[feature];
+  }
+};
+
+template <class T>
+void fill_moments(const Batch& batch, const T* x, double* packed) {
+  const int64_t size = 2 * batch.features;
+  const std::vector<double> sums = add_up<false, T>(batch, x, x, nullptr);
+  for (int64_t split = 0; split < batch.splits; split++, packed += size + 1) {
+    std::copy_n(sums.data() + split * size, size, packed);
+    const auto rows = std::count(batch.split.begin(), batch.split.end(), split);
+    packed[size] = rows * batch.length;
+  }
+}
+
+template <class T>
+void fill_output(const Batch& batch, const Layer& layer, const T* x, T* y) {
+  using A = Scalar<T>;
+  Map<A> map(batch.splits * batch.features);
+  for (int64_t i = 0; i < batch.splits * batch.features; i++) {
+    const int64_t split = i / batch.features, c = i % batch.features;
+    const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
+    map.mean[i] = mean;
+    map.slope[i] = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
+    map.offset[i] = layer.bias<A>(split, c) + (map.mean[i] - mean) * map.slope[i];
+  }
+  apply<false>(batch, map, x, x, y);
+}
+
+template <class T>
+void fill_sums(const Batch& batch, const T* dy, const T* x, const double* mean, Scalar<T>* to) {
+  const int64_t features = batch.features;
+  const std::vector<Scalar<T>> near(mean, mean + batch.splits * features);
+  const std::vector<double> sums = add_up<true>(batch, dy, x, near.data());
+  for (int64_t i = 0; i < batch.splits * features; i++) {
+    const int64_t plain = i + i / features * features, product = plain + features;
+    to[plain] = sums[plain];
+    to[product] = sums[product] + (near[i] - mean[i]) * sums[plain];
+  }
+}
+
+template <class T>
+void fill_gradient(const Batch& batch, const Layer& layer, const T* dy, const T* x,
+                   const double* packed, const Scalar<T>* sums, T* dx) {
+  using A = Scalar<T>;
+  const int64_t features = batch.features;
+  Map<A> map(batch.splits * features);
+  for (int64_t i = 0; i < batch.splits * features; i++) {
+    const int64_t split = i / features, c = i % features;
+    const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
+    const double count = std::max(packed[(split + 1) * (2 * features + 1) - 1], 1.0);
+    const A* sum = sums + 2 * features * split + c;
+    const double scale = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
+    const double slope = -scale / (var + layer.eps) * (sum[features] / count);
+    map.mean[i] = mean;
+    map.slope[i] = slope;
+    map.offset[i] = (map.mean[i] - mean) * slope - scale * (sum[0] / count);
+    map.scale[i] = scale;
+  }
+  apply<true>(batch, map, dy, x, dx);
+}
+
 PyObject* moments(PyObject*, PyObject* args) {
   int type;
   Batch batch;
   Py_ssize_t x, packed;
   if (!PyArg_ParseTuple(args, "CO&nn", &type, read_batch, &batch, &x, &packed)) return nullptr;
-  return unlocked([&] {
-    of_type(type, [&](auto element) {
-      using T = decltype(element);
-      const int64_t size = 2 * batch.features;
-      const std::vector<double> sums =
-          add_up<false, T>(batch, pointer<T>(x), pointer<T>(x), nullptr);
-      for (int64_t split = 0; split < batch.splits; split++) {
-        double* row = pointer<double>(packed) + split * (size + 1);
-        std::copy_n(sums.data() + split * size, size, row);
-        const auto rows = std::count(batch.split.begin(), batch.split.end(), split);
-        row[size] = rows * batch.length;
-      }
-    });
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    fill_moments(batch, pointer<T>(x), pointer<double>(packed));
   });
 }
 
 PyObject* normalize(PyObject*, PyObject* args) {
   int type;
   Batch batch;
-  Py_ssize_t x, y, mean, var;
-  std::vector<int64_t> weights, biases;
-  double eps;
-  if (!PyArg_ParseTuple(args, "CO&nnnnO&O&d", &type, read_batch, &batch, &x, &y, &mean, &var,
-                        read_addresses, &weights, read_addresses, &biases, &eps))
+  Layer layer;
+  Py_ssize_t x, y;
+  if (!PyArg_ParseTuple(args, "CO&nnnnO&O&d", &type, read_batch, &batch, &x, &y, &layer.mean,
+                        &layer.var, read_addresses, &layer.weights, read_addresses, &layer.biases,
+                        &layer.eps))
     return nullptr;
-  return unlocked([&] {
-    of_type(type, [&](auto element) {
-      using T = decltype(element);
-      using A = Scalar<T>;
-      Map<A> map(batch.splits * batch.features);
-      for (int64_t i = 0; i < batch.splits * batch.features; i++) {
-        const int64_t split = i / batch.features, c = i % batch.features;
-        const double exact = pointer<double>(mean)[i], square = pointer<double>(var)[i] + eps;
-        const double weight = weights.empty() ? 1 : pointer<A>(weights[split])[c];
-        const double bias = biases.empty() ? 0 : pointer<A>(biases[split])[c];
-        map.mean[i] = exact;
-        map.slope[i] = weight / std::sqrt(square);
-        map.offset[i] = bias + (map.mean[i] - exact) * map.slope[i];
-      }
-      apply<false>(batch, map, pointer<T>(x), pointer<T>(x), pointer<T>(y));
-    });
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    fill_output(batch, layer, pointer<T>(x), pointer<T>(y));
   });
 }
 
 PyObject* grad_sums(PyObject*, PyObject* args) {
   int type;
   Batch batch;
-  Py_ssize_t dy, x, mean, result;
-  if (!PyArg_ParseTuple(args, "CO&nnnn", &type, read_batch, &batch, &dy, &x, &mean, &result))
+  Py_ssize_t dy, x, mean, sums;
+  if (!PyArg_ParseTuple(args, "CO&nnnn", &type, read_batch, &batch, &dy, &x, &mean, &sums))
     return nullptr;
-  return unlocked([&] {
-    of_type(type, [&](auto element) {
-      using T = decltype(element);
-      const int64_t features = batch.features;
-      const double* exact = pointer<double>(mean);
-      const std::vector<Scalar<T>> near(exact, exact + batch.splits * features);
-      const std::vector<double> sums =
-          add_up<true>(batch, pointer<T>(dy), pointer<T>(x), near.data());
-      for (int64_t i = 0; i < batch.splits * features; i++) {
-        const int64_t plain = i + i / features * features, product = plain + features;
-        Scalar<T>* to = pointer<Scalar<T>>(result);
-        to[plain] = sums[plain];
-        to[product] = sums[product] + (near[i] - exact[i]) * sums[plain];
-      }
-    });
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    fill_sums(batch, pointer<T>(dy), pointer<T>(x), pointer<double>(mean),
+              pointer<Scalar<T>>(sums));
   });
 }
 
 PyObject* grad_input(PyObject*, PyObject* args) {
   int type;
   Batch batch;
-  Py_ssize_t dy, x, dx, mean, var, packed, sums;
-  std::vector<int64_t> weights;
-  double eps;
-  if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx, &mean,
-                        &var, &packed, &sums, read_addresses, &weights, &eps))
+  Layer layer;
+  Py_ssize_t dy, x, dx, packed, sums;
+  if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx,
+                        &layer.mean, &layer.var, &packed, &sums, read_addresses, &layer.weights,
+                        &layer.eps))
     return nullptr;
-  return unlocked([&] {
-    of_type(type, [&](auto element) {
-      using T = decltype(element);
-      using A = Scalar<T>;
-      const int64_t features = batch.features;
-      Map<A> map(batch.splits * features);
-      for (int64_t i = 0; i < batch.splits * features; i++) {
-        const int64_t split = i / features, c = i % features;
-        const double exact = pointer<double>(mean)[i], square = pointer<double>(var)[i] + eps;
-        const double count = pointer<double>(packed)[(split + 1) * (2 * features + 1) - 1];
-        const A* sum = pointer<A>(sums) + 2 * features * split + c;
-        const double weight = weights.empty() ? 1 : pointer<A>(weights[split])[c];
-        const double scale = weight / std::sqrt(square), n = std::max(count, 1.0);
-        const double slope = -scale / square * (sum[features] / n);
-        map.mean[i] = exact;
-        map.slope[i] = slope;
-        map.offset[i] = (map.mean[i] - exact) * slope - scale * (sum[0] / n);
-        map.scale[i] = scale;
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    fill_gradient(batch, layer, pointer<T>(dy), pointer<T>(x), pointer<double>(packed),
+                  pointer<Scalar<T>>(sums), pointer<T>(dx));
+  });
+}
+
+// moments and normalize, with the statistics between them.
+PyObject* alone(PyObject*, PyObject* args) {
+  int type;
+  Batch batch;
+  Layer layer;
+  Py_ssize_t x, y, packed;
+  if (!PyArg_ParseTuple(args, "CO&nnnnnO&O&d", &type, read_batch, &batch, &x, &y, &packed,
+                        &layer.mean, &layer.var, read_addresses, &layer.weights, read_addresses,
+                        &layer.biases, &layer.eps))
+    return nullptr;
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    const int64_t features = batch.features;
+    fill_moments(batch, pointer<T>(x), pointer<double>(packed));
+    for (int64_t i = 0; i < batch.splits * features; i++) {
+      const double* row = pointer<double>(packed) + i / features * (2 * features + 1);
+      const double count = std::max(row[2 * features], 1.0), mean = row[i % features] / count;
+      pointer<double>(layer.mean)[i] = mean;
+      const double square = row[features + i % features] / count - mean * mean;
+      // A NaN stays one.
+      pointer<double>(layer.var)[i] = square < 0 ? 0 : square;
+    }
+    fill_output(batch, layer, pointer<T>(x), pointer<T>(y));
+  });
+}
+
+// grad_sums and grad_input, and the gradients of weights and biases, [2, S, C].
+PyObject* grad_alone(PyObject*, PyObject* args) {
+  int type;
+  Batch batch;
+  Layer layer;
+  Py_ssize_t dy, x, dx, packed, grads;
+  if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx,
+                        &layer.mean, &layer.var, &packed, &grads, read_addresses, &layer.weights,
+                        &layer.eps))
+    return nullptr;
+  return unlocked(type, [&](auto element) {
+    using T = decltype(element);
+    const int64_t features = batch.features, size = batch.splits * features;
+    std::vector<Scalar<T>> sums(2 * size);
+    fill_sums(batch, pointer<T>(dy), pointer<T>(x), pointer<double>(layer.mean), sums.data());
+    Scalar<T>* to = pointer<Scalar<T>>(grads);
+    for (int64_t i = 0; i < size; i++) {
+      const int64_t plain = i + i / features * features;
+      to[i] = sums[plain + features] / std::sqrt(pointer<double>(layer.var)[i] + layer.eps);
+      to[size + i] = sums[plain];
+    }
+    fill_gradient(batch, layer, pointer<T>(dy), pointer<T>(x), pointer<double>(packed),
+                  sums.data(), pointer<T>(dx));
+  });
+}
+
+// Moves running statistics, [C] each, by those of a batch, where a split has any.
+PyObject* follow(PyObject*, PyObject* args) {
+  int type;
+  int64_t features;
+  Py_ssize_t packed, mean, var;
+  std::vector<int64_t> means, vars, trackers;
+  double momentum;
+  if (!PyArg_ParseTuple(args, "CLnnnO&O&O&d", &type, &features, &packed, &mean, &var,
+                        read_addresses, &means, read_addresses, &vars, read_addresses, &trackers,
+                        &momentum))
+    return nullptr;
+  return unlocked(type, [&](auto element) {
+    using A = Scalar<decltype(element)>;
+    for (size_t split = 0; split < means.size(); split++) {
+      const int64_t first = split * features;
+      const double count = pointer<double>(packed)[(split + 1) * (2 * features + 1) - 1];
+      A *of_mean = pointer<A>(means[split]), *of_var = pointer<A>(vars[split]);
+      if (count > 0) *pointer<int64_t>(trackers[split]) += 1;
+      for (int64_t c = 0; c < features && count > 0; c++)
+        of_mean[c] += momentum * (pointer<double>(mean)[first + c] - of_mean[c]);
+      // A single element has no variance.
+      for (int64_t c = 0; c < features && count > 1; c++) {
+        const double unbiased = pointer<double>(var)[first + c] * (count / (count - 1));
+        of_var[c] += momentum * (unbiased - of_var[c]);
       }
-      apply<true>(batch, map, pointer<T>(dy), pointer<T>(x), pointer<T>(dx));
-    });
+    }
   });
 }
 
@@ -224,6 +328,9 @@ PyMethodDef methods[] = {
     {"normalize", normalize, METH_VARARGS, nullptr},
     {"grad_sums", grad_sums, METH_VARARGS, nullptr},
     {"grad_input", grad_input, METH_VARARGS, nullptr},
+    {"alone", alone, METH_VARARGS, nullptr},
+    {"grad_alone", grad_alone, METH_VARARGS, nullptr},
+    {"follow", follow, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
