@@ -28,7 +28,6 @@ else:
     if x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         missing = "a processor without AVX2"
 
-SUMS = torch.float64
 LETTERS = {
     torch.float32: "f",
     torch.float64: "d",
@@ -112,8 +111,11 @@ def grad_input(
 def alone(x: Tensor, splits: Splits, num_splits: int, affine: Affine) -> tuple[Tensor, Moments]:
     """Return `normalize` by the moments of `x` itself, and these."""
     x, splits, features = _dense(x), _plain(splits), x.shape[1]
-    y, packed = torch.empty_like(x), x.new_empty((num_splits, 2 * features + 1), dtype=SUMS)
-    mean, var = x.new_empty((2, num_splits, features), dtype=SUMS).unbind()
+    y, packed = (
+        torch.empty_like(x),
+        x.new_empty((num_splits, 2 * features + 1), dtype=torch.float64),
+    )
+    mean, var = x.new_empty((2, num_splits, features), dtype=torch.float64).unbind()
     weights, biases = _contiguous(affine.weights), _contiguous(affine.biases)
     _cpu.alone(
         LETTERS[x.dtype],
@@ -196,7 +198,11 @@ def follow(
 def _dense(x: Tensor) -> Tensor:
     """Return `x` in memory as it is, in one of the two layouts that the loops know."""
     x = x.resolve_neg()
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    if x.is_contiguous():
+        return x
+    # The same question twice, but this one is answered in a tenth of the time.
+    innermost = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if innermost or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@
 constexpr int64_t RUN = 2048, ROWS = 32;
 // Rows near one value, and features gone through at once.
 constexpr int64_t DEPTH = 128, WIDTH = 2048;
+// Features at least that are worth a loop of their own.
+constexpr int64_t FOLDED = 128;
 // Elements for which a thread is worth waking.
 constexpr int64_t GRAIN = 1 << 14;
 // Bytes of a result that would push what else is in the cache out of it.
@@ -26,6 +28,8 @@ struct Batch {
   std::vector<int64_t> split;  // of each row
 
   int64_t elements() const { return rows * features * length; }
+  // Positions of few features that are gone through as one of many.
+  int64_t fold() const { return last ? std::max(FOLDED / features, int64_t(1)) : 1; }
   int64_t shares() const { return std::clamp(elements() / GRAIN, int64_t(1), threads); }
 
   // The end of the rows from `row` on that are of its split, `most` of them.
@@ -106,10 +110,10 @@ inline void add_features(const T* dy, const T* x, int64_t& row, int64_t end, int
     });
 }
 
-// Adds up n positions of all features, DEPTH at most.
+// Adds up n positions of all features, a few times DEPTH at most.
 template <bool DY, class T>
 void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, int64_t features,
-                   double* totals) {
+                   int64_t fold, double* totals) {
   for (int64_t from = 0; from < features; from += WIDTH) {
     const int64_t width = std::min(WIDTH, features - from);
     // With place for the whole of the last vector.
@@ -123,15 +127,23 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
         for (int i = 0; i < 4; i++) shift += read(x + n * i / 4 * features + from + c, some) / 4;
       write<false>(shift, near + c, All());
     });
-    for (int64_t row = 0, start = 0; row < n; start = row) {
-      const int64_t end = std::min(start + ROWS, n);
-      std::fill_n(sums, width + LANES<T>, 0);
-      std::fill_n(products, width + LANES<T>, 0);
+    for (int64_t i = 1; i < fold; i++) std::copy_n(near, width, near + i * width);
+    // Several positions are one row, as long as there are so many.
+    for (int64_t at = 0; at < n;) {
+      const int64_t once = n - at < fold ? 1 : fold, stride = features * once;
+      const int64_t rows = std::min((n - at) / once, ROWS);
+      const T *of_dy = dy + at * features + from, *of_x = x + at * features + from;
+      std::fill_n(sums, width * once + LANES<T>, 0);
+      std::fill_n(products, width * once + LANES<T>, 0);
+      int64_t row = 0;
       // Short rows one by one, as memory is read fastest; of long ones these sums leave the cache.
       if (width == WIDTH)
-        add_features<DY, 4>(dy + from, x + from, row, end, features, width, near, sums, products);
-      add_features<DY, 1>(dy + from, x + from, row, end, features, width, near, sums, products);
-      total<DY>(sums, products, near, end - start, width, totals + from, totals + features + from);
+        add_features<DY, 4>(of_dy, of_x, row, rows, stride, width, near, sums, products);
+      add_features<DY, 1>(of_dy, of_x, row, rows, stride, width * once, near, sums, products);
+      for (int64_t i = 0; i < once * width; i += width)
+        total<DY>(sums + i, products + i, near, rows, width, totals + from,
+                  totals + features + from);
+      at += rows * once;
     }
   }
 }
@@ -209,16 +221,16 @@ void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean
 template <bool DY, class T>
 std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean) {
   const int64_t features = batch.features, length = batch.length, size = 2 * features;
-  const int64_t all = batch.splits * size, shares = batch.shares();
+  const int64_t all = batch.splits * size, shares = batch.shares(), fold = batch.fold();
   std::vector<double> totals(shares * all);
   if (!batch.elements()) return totals;
   std::vector<Feature<T>> found(batch.last ? 0 : shares * features);
   parallel(batch, [&](int64_t share) {
     double* mine = totals.data() + share * all;
     if (batch.last)
-      return positions(batch, share, DEPTH, [&](int64_t at, int64_t to, int64_t split) {
+      return positions(batch, share, DEPTH * fold, [&](int64_t at, int64_t to, int64_t split) {
         const int64_t i = at * features;
-        add_positions<DY>(dy + i, x + i, mean + split * features, to - at, features,
+        add_positions<DY>(dy + i, x + i, mean + split * features, to - at, features, fold,
                           mine + split * size);
       });
     const Block block(batch, share);
@@ -242,11 +254,27 @@ std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Sc
   return totals;
 }
 
-// (x - mean) * slope + offset, with dy * scale added to it where there is a dy; [S, C] each.
+// (x - mean) * slope + offset, with dy * scale added to it where there is a dy.
+template <class A>
+struct Coefficients {
+  A mean, slope, offset, scale;
+};
+
+// Coefficients for each split and feature, [S, C], and again for positions that are folded.
 template <class A>
 struct Map {
   std::vector<A> mean, slope, offset, scale;
   explicit Map(int64_t size) : mean(size), slope(size), offset(size), scale(size) {}
+
+  void set(const Batch& batch, int64_t split, int64_t feature, const Coefficients<A>& of) {
+    for (int64_t i = 0; i < batch.fold(); i++) {
+      const int64_t at = (split * batch.fold() + i) * batch.features + feature;
+      mean[at] = of.mean;
+      slope[at] = of.slope;
+      offset[at] = of.offset;
+      scale[at] = of.scale;
+    }
+  }
 };
 
 // Coefficients of features next to each other, or one feature's.
@@ -282,10 +310,10 @@ void map_share(const Batch& batch, const Map<Scalar<T>>& map, const T* dy, const
   const int64_t features = batch.features, length = batch.length;
   if (batch.last) {
     positions(batch, share, batch.rows * length, [&](int64_t at, int64_t to, int64_t split) {
-      const int64_t of = split * features;
-      for (int64_t i = at * features; i < to * features; i += features)
-        map_run<DY, PAST>(dy + i, x + i, y + i, features, &map.mean[of], &map.slope[of],
-                          &map.offset[of], &map.scale[of]);
+      const int64_t width = features * batch.fold(), of = split * width;
+      for (int64_t i = at * features; i < to * features; i += width)
+        map_run<DY, PAST>(dy + i, x + i, y + i, std::min(width, to * features - i), &map.mean[of],
+                          &map.slope[of], &map.offset[of], &map.scale[of]);
     });
   } else {
     const Block block(batch, share);

@@ -143,13 +143,14 @@ void fill_moments(const Batch& batch, const T* x, double* packed) {
 template <class T>
 void fill_output(const Batch& batch, const Layer& layer, const T* x, T* y) {
   using A = Scalar<T>;
-  Map<A> map(batch.splits * batch.features);
+  Map<A> map(batch.splits * batch.features * batch.fold());
   for (int64_t i = 0; i < batch.splits * batch.features; i++) {
     const int64_t split = i / batch.features, c = i % batch.features;
     const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
-    map.mean[i] = mean;
-    map.slope[i] = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
-    map.offset[i] = layer.bias<A>(split, c) + (map.mean[i] - mean) * map.slope[i];
+    // What the mean loses by its type goes to the offset.
+    const A near = mean, slope = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
+    const A offset = layer.bias<A>(split, c) + (near - mean) * slope;
+    map.set(batch, split, c, {near, slope, offset, 0});
   }
   apply<false>(batch, map, x, x, y);
 }
@@ -171,7 +172,7 @@ void fill_gradient(const Batch& batch, const Layer& layer, const T* dy, const T*
                    const double* packed, const Scalar<T>* sums, T* dx) {
   using A = Scalar<T>;
   const int64_t features = batch.features;
-  Map<A> map(batch.splits * features);
+  Map<A> map(batch.splits * features * batch.fold());
   for (int64_t i = 0; i < batch.splits * features; i++) {
     const int64_t split = i / features, c = i % features;
     const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
@@ -179,10 +180,8 @@ void fill_gradient(const Batch& batch, const Layer& layer, const T* dy, const T*
     const A* sum = sums + 2 * features * split + c;
     const double scale = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
     const double slope = -scale / (var + layer.eps) * (sum[features] / count);
-    map.mean[i] = mean;
-    map.slope[i] = slope;
-    map.offset[i] = (map.mean[i] - mean) * slope - scale * (sum[0] / count);
-    map.scale[i] = scale;
+    const A near = mean, offset = (near - mean) * slope - scale * (sum[0] / count);
+    map.set(batch, split, c, {near, A(slope), offset, A(scale)});
   }
   apply<true>(batch, map, dy, x, dx);
 }
