@@ -82,6 +82,8 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             moments = Moments(total(kernels.moments(x, splits, len(weights)), ctx.group))
         affine = Affine(_all_or_none(weights), None, ctx.eps)
         alone = _kernels.of_alone(kernels, ctx.group)
+        of_weights = any(ctx.needs_input_grad[-2 * len(weights) : -len(weights)])
+        of_biases = any(ctx.needs_input_grad[-len(weights) :])
         dx: Tensor | None = None
         if alone is not None and ctx.needs_input_grad[0]:
             dx, parameters = alone.grad_alone(dy, x, splits, moments, affine)
@@ -91,10 +93,10 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 sums = total(local, ctx.group)
                 dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
-            dbias, sum_dy_xmu = local.chunk(2, dim=1)
-            dweight = sum_dy_xmu * moments.invstd(ctx.eps).to(local.dtype)
-        needed = ctx.needs_input_grad[-2 * len(weights) :]
+            dbias, dweight = local.chunk(2, dim=1)
+            if of_weights:
+                dweight = dweight * moments.invstd(ctx.eps).to(local.dtype)
         none = (None,) * len(weights)
-        dweights = dweight.unbind() if any(needed[: len(weights)]) else none
-        dbiases = dbias.unbind() if any(needed[len(weights) :]) else none
+        dweights = dweight.unbind() if of_weights else none
+        dbiases = dbias.unbind() if of_biases else none
         return dx, None, None, None, None, None, *dweights, *dbiases

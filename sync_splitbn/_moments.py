@@ -32,14 +32,9 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
     return sizes
 
 
-def is_plain_cpu(tensor: Tensor) -> bool:
-    """Return whether `tensor` is in this host's memory, and of no class without values."""
-    return tensor.is_cpu and type(tensor) in PLAIN
-
-
 def is_eager_cpu(tensor: Tensor) -> bool:
     """Return whether the values of `tensor` are on this host, and may be looked at."""
-    return is_plain_cpu(tensor) and not torch.compiler.is_compiling()
+    return tensor.is_cpu and type(tensor) in PLAIN and not torch.compiler.is_compiling()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

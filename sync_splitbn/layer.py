@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._kernels import cpu
-from ._moments import Moments, accumulation_dtype, is_eager_cpu
+from ._moments import Moments, accumulation_dtype
 from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import check_input, normalize_rows, sync_split_batch_norm
@@ -133,8 +133,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         means = [stats.running_mean for stats in splits]
         variances = [stats.running_var for stats in splits]
         step: Any = self.momentum
-        on_host = step is not None and is_eager_cpu(moments.packed)
-        if on_host and cpu.follow(means, variances, trackers, moments, step):
+        if step is not None and cpu.follow(means, variances, trackers, moments, step):
             return
         running = means + variances
         # A split without elements tells nothing, one with a single element no variance.

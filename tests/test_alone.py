@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from compiled import COMPILED
 from torch.utils.checkpoint import checkpoint
 
 from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits
 from sync_splitbn._kernels import cpu
 
-pytestmark = pytest.mark.skipif(cpu.missing is not None, reason=f"no compiled loops: {cpu.missing}")
+pytestmark = COMPILED
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

@@ -3,13 +3,11 @@
 import oracle
 import pytest
 import torch
+from compiled import IMPLS
 from ranks import run_ranks
 
 from sync_splitbn import SyncSplitBatchNorm, assign_splits, sync_split_batch_norm
-from sync_splitbn._kernels import cpu
 
-COMPILED = pytest.mark.skipif(cpu.missing is not None, reason=f"no compiled loops: {cpu.missing}")
-IMPLS = ["aten", pytest.param("cpu", marks=COMPILED)]
 FAR = [0, 1, 100, 1e3, 1e4]  # mean / std
 
 

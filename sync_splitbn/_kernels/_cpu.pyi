@@ -1,4 +1,4 @@
-# Tensors are addresses; a type is a letter of cpu.LETTERS; a batch is what cpu.Batch holds.
+# Tensors are addresses; a type is a letter of cpu.LETTERS; a batch is what cpu._batch returns.
 
 Batch = tuple[int | tuple[int, ...], int, int, int, int, bool, int]
 

@@ -111,10 +111,8 @@ def grad_input(
 def alone(x: Tensor, splits: Splits, num_splits: int, affine: Affine) -> tuple[Tensor, Moments]:
     """Return `normalize` by the moments of `x` itself, and these."""
     x, splits, features = _dense(x), _plain(splits), x.shape[1]
-    y, packed = (
-        torch.empty_like(x),
-        x.new_empty((num_splits, 2 * features + 1), dtype=torch.float64),
-    )
+    y = torch.empty_like(x)
+    packed = x.new_empty((num_splits, 2 * features + 1), dtype=torch.float64)
     mean, var = x.new_empty((2, num_splits, features), dtype=torch.float64).unbind()
     weights, biases = _contiguous(affine.weights), _contiguous(affine.biases)
     _cpu.alone(
@@ -169,9 +167,10 @@ def follow(
 
     Return whether they were; a split without elements moves nothing, of one element no variance.
     """
-    dtype = means[0].dtype
-    running = (*means, *vars)
-    if missing is not None or dtype not in (torch.float32, torch.float64):
+    dtype, running = means[0].dtype, (*means, *vars)
+    if missing is not None or not is_eager_cpu(moments.packed):
+        return False
+    if dtype not in (torch.float32, torch.float64):
         return False
     if not all(t.dtype == dtype and is_eager_cpu(t) and t.is_contiguous() for t in running):
         return False
@@ -218,9 +217,7 @@ def _plain(splits: Splits) -> Splits:
     return splits.long().contiguous() if isinstance(splits, Tensor) else splits
 
 
-def _batch(
-    x: Tensor, splits: Splits, num_splits: int
-) -> tuple[int | tuple[int, ...], int, int, int, int, bool, int]:
+def _batch(x: Tensor, splits: Splits, num_splits: int) -> "_cpu.Batch":
     """Return what the loops know of a batch."""
     rows, features, *length = x.shape
     innermost = features > 1 and x.stride(1) == 1

@@ -22,7 +22,6 @@ struct Half {
 };
 
 typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(32)));
 typedef uint32_t Ints __attribute__((vector_size(32)));
 typedef uint16_t Shorts __attribute__((vector_size(16)));
 
@@ -38,29 +37,30 @@ inline To bits_of(const From& from) {
 template <class T>
 struct Type;
 
-template <>
-struct Type<float> {
-  using Scalar = float;
-  using Vector = Floats;
-  using Packed = Floats;
+// As they are.
+template <class S>
+struct Plain {
+  using Scalar = S;
+  typedef S Vector __attribute__((vector_size(32)));
+  using Packed = Vector;
   static Vector unpack(Packed packed) { return packed; }
   static Packed pack(Vector vector) { return vector; }
 };
 
-template <>
-struct Type<double> {
-  using Scalar = double;
-  using Vector = Doubles;
-  using Packed = Doubles;
-  static Vector unpack(Packed packed) { return packed; }
-  static Packed pack(Vector vector) { return vector; }
-};
-
-template <>
-struct Type<Bfloat16> {
+// In half the memory.
+struct Halved {
   using Scalar = float;
   using Vector = Floats;
   using Packed = Shorts;
+};
+
+template <>
+struct Type<float> : Plain<float> {};
+template <>
+struct Type<double> : Plain<double> {};
+
+template <>
+struct Type<Bfloat16> : Halved {
   static Vector unpack(Packed packed) {
     return bits_of<Floats>(__builtin_convertvector(packed, Ints) << 16);
   }
@@ -80,10 +80,7 @@ struct Type<Bfloat16> {
 };
 
 template <>
-struct Type<Half> {
-  using Scalar = float;
-  using Vector = Floats;
-  using Packed = Shorts;
+struct Type<Half> : Halved {
 #ifdef X86
   static Vector unpack(Packed packed) { return _mm256_cvtph_ps(bits_of<__m128i>(packed)); }
   static Packed pack(Vector vector) { return bits_of<Packed>(_mm256_cvtps_ph(vector, 0)); }
