@@ -215,8 +215,7 @@ def test_cpu_kernels_keep_the_digits_of_many_values(shape, last, dtype):
         found = Moments(cpu.moments(x, (n, n, n), 3))
         parts = [part.double().transpose(0, 1).flatten(1) for part in x.split(n)]
         var = torch.stack([part.var(1, correction=0) for part in parts])
-        limit = 1e-6 if dtype == torch.float32 else 2e-6
-        assert ((found.var - var).abs() / var).max() < limit, far
+        assert ((found.var - var).abs() / var).max() < 1e-6, far
         off = (found.mean - torch.stack([part.mean(1) for part in parts])).abs() / var.sqrt()
         assert off.max() < 2e-6, far
 

@@ -11,8 +11,12 @@
 #include <algorithm>
 #include <vector>
 
-// Positions of one feature next to each other, and rows, added up in float32.
-constexpr int64_t RUN = 2048, ROWS = 32;
+// Positions of one feature next to each other, and rows, added up in float32. Roundings of half
+// precision's coarse values do not cancel: fewer of those.
+template <class T>
+constexpr int64_t RUN = sizeof(T) < 4 ? 1024 : 2048;
+template <class T>
+constexpr int64_t ROWS = sizeof(T) < 4 ? 16 : 32;
 // Rows near one value, and features gone through at once.
 constexpr int64_t DEPTH = 128, WIDTH = 2048;
 // Features at least that are worth a loop of their own.
@@ -131,7 +135,7 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
     // Several positions are one row, as long as there are so many.
     for (int64_t at = 0; at < n;) {
       const int64_t once = n - at < fold ? 1 : fold, stride = features * once;
-      const int64_t rows = std::min((n - at) / once, ROWS);
+      const int64_t rows = std::min((n - at) / once, ROWS<T>);
       const T *of_dy = dy + at * features + from, *of_x = x + at * features + from;
       std::fill_n(sums, width * once + LANES<T>, 0);
       std::fill_n(products, width * once + LANES<T>, 0);
@@ -192,8 +196,8 @@ template <bool DY, class T>
 void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean, int64_t rows,
               int64_t from, int64_t to, Feature<T>* found, double* totals) {
   const int64_t features = batch.features, length = batch.length;
-  for (int64_t start = 0; start < length; start += RUN) {
-    const int64_t n = std::min(RUN, length - start);
+  for (int64_t start = 0; start < length; start += RUN<T>) {
+    const int64_t n = std::min(RUN<T>, length - start);
     for (int64_t c = from; c < to; c++) {
       Scalar<T> near = DY ? mean[c] : 0;
       for (int64_t i = 0; !DY && i < 4; i++)
@@ -235,8 +239,8 @@ std::vector<double> add_up(const Batch& batch, const T* dy, const T* x, const Sc
       });
     const Block block(batch, share);
     // Short rows together, long ones feature by feature, as memory is read fastest.
-    const int64_t most = std::clamp(RUN / length, int64_t(1), ROWS);
-    const int64_t group = length > RUN ? 1 : features;
+    const int64_t most = std::clamp(RUN<T> / length, int64_t(1), ROWS<T>);
+    const int64_t group = length > RUN<T> ? 1 : features;
     for (int64_t row = block.row, to; row < block.row_end; row = to) {
       to = std::min(block.row_end, batch.until(row, most));
       const int64_t i = row * features * length, split = batch.split[row];
