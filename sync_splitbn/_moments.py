@@ -1,21 +1,115 @@
-"""What describes a batch and its splits: rows, sums, the statistics that follow, the affine map.
+"""What describes a batch and its splits: rows, statistics, affine map, and the checks they share.
 
 S splits, C features, N rows. `Splits` says which rows belong to which split: a tuple holds the
-sizes of S contiguous sub-batches, a tensor holds the split of each row, [N].
+sizes of S contiguous sub-batches, a tensor holds the split of each row, int64 [N].
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
-
-# Fake tensors are of another class.
-PLAIN = (Tensor, nn.Parameter)
+from torch import Tensor
 
 Splits: TypeAlias = tuple[int, ...] | Tensor
+
+
+@dataclass
+class Moments:
+    """Count, mean and variance of each split and channel, over all ranks of a group.
+
+    Attributes:
+        values: float64, shape [S, 2C + 1], each row [mean | biased variance | count]; mean and
+            variance are 0 where a split is empty.
+    """
+
+    values: Tensor
+
+    @classmethod
+    def of_statistics(cls, mean: Tensor, var: Tensor) -> "Moments":
+        """Return moments with given statistics, [S, C], and a count of 1."""
+        return cls(torch.cat([mean, var, mean.new_ones(len(mean), 1)], dim=1).double())
+
+    @property
+    def count(self) -> Tensor:
+        """Elements per channel, [S]."""
+        return self.values[:, -1]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, [S, C], input units."""
+        return self.values[:, : self.values.shape[1] // 2]
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance, [S, C], input units squared."""
+        return self.values[:, self.values.shape[1] // 2 : -1]
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """Unbiased variance, [S, C], input units squared; 0 where a split has one element."""
+        count = self.values[:, -1:]
+        return self.var * (count / (count - 1).clamp(min=1))
+
+    def shifted(self, mean: Tensor) -> "Moments":
+        """Return the moments of all values plus a `mean`, [S, C]."""
+        return Moments(torch.cat([self.mean + mean, self.values[:, mean.shape[1] :]], dim=1))
+
+    def invstd(self, eps: float) -> Tensor:
+        """Inverse standard deviation, [S, C], from the biased variance."""
+        return (self.var + eps).rsqrt()
+
+
+class Affine(NamedTuple):
+    """What follows the statistics: weights and biases of S splits, [C] each, and the eps."""
+
+    weights: Sequence[Tensor] | None
+    biases: Sequence[Tensor] | None
+    eps: float
+
+
+class RunningStats(NamedTuple):
+    """Running statistics of S splits, one tensor each: means and variances [C], counters [].
+
+    No counters count nothing. A `momentum` of None averages all counted updates evenly.
+    """
+
+    means: Sequence[Tensor]
+    vars: Sequence[Tensor]
+    counters: Sequence[Tensor]
+    momentum: float | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which elements of `dtype` are summed: float32, or wider."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_dense(x: Tensor) -> Tensor:
+    """Return `x` in one of the two layouts of the kernels: contiguous, or with innermost channels.
+
+    Whatever is in neither is copied to a contiguous tensor.
+    """
+    if x.is_contiguous():
+        return x
+    # The same question twice, but this one is answered in a tenth of the time.
+    innermost = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if innermost or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def check_num_splits(num_splits: int) -> None:
+    """Raise unless there is a split."""
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits must be an int, got {type(num_splits).__name__}")
+    if num_splits < 1:
+        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless `eps` is a positive number."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
 
 
 def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
@@ -32,111 +126,17 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
     return sizes
 
 
-def is_eager_cpu(tensor: Tensor) -> bool:
-    """Return whether the values of `tensor` are on this host, and may be looked at."""
-    return tensor.is_cpu and type(tensor) in PLAIN and not torch.compiler.is_compiling()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which elements of `dtype` are summed: float32, or wider."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Moments:
-    """Count, sum and sum of squares of each split and channel, and the statistics they make.
-
-    Sums over ranks are sums of moments, which is why these travel and means do not. What follows
-    from them is computed when it is asked for, once.
-
-    Attributes:
-        packed: the tensor that travels, float64, shape [S, 2C + 1]: each row is
-            [sum of values | sum of squared values | count].
-    """
-
-    def __init__(
-        self, packed: Tensor, mean: Tensor | None = None, var: Tensor | None = None
-    ) -> None:
-        self.packed = packed
-        self._mean, self._var = mean, var
-        self._invstd: dict[float, Tensor] = {}
-
-    @classmethod
-    def given(cls, mean: Tensor, var: Tensor) -> "Moments":
-        """Return moments that have these statistics, [S, C], as those of one element."""
-        packed = torch.cat([mean, var + mean.square(), mean.new_ones(len(mean), 1)], dim=1)
-        # Not read back from the square, where a large mean would cost it digits.
-        return cls(packed, mean, var)
-
-    @property
-    def count(self) -> Tensor:
-        """Elements per channel, [S], float64."""
-        return self.packed[:, -1]
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean, [S, C], input units; 0 where a split is empty."""
-        if self._mean is None:
-            self._compute()
-        return cast(Tensor, self._mean)
-
-    @property
-    def var(self) -> Tensor:
-        """Biased variance, [S, C], input units squared; 0 where a split is empty."""
-        if self._var is None:
-            self._compute()
-        return cast(Tensor, self._var)
-
-    @property
-    def unbiased_var(self) -> Tensor:
-        """Unbiased variance, [S, C], input units squared; 0 where a split has one element."""
-        count = self.packed[:, -1:]
-        return self.var * (count / (count - 1).clamp(min=1))
-
-    def invstd(self, eps: float) -> Tensor:
-        """Inverse standard deviation, [S, C], from the biased variance."""
-        if eps not in self._invstd:
-            self._invstd[eps] = (self.var + eps).rsqrt()
-        return self._invstd[eps]
-
-    def _compute(self) -> None:
-        values, squares = self.packed[:, :-1].chunk(2, dim=1)
-        count = self.packed[:, -1:].clamp(min=1)
-        self._mean = values / count
-        self._var = torch.addcmul(squares / count, self._mean, self._mean, value=-1).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Affine:
-    """What follows the statistics: weights and biases of S splits, the variance's eps, a ReLU.
-
-    Weights, and biases alike, are a tensor [S, C], or S tensors [C], or None.
-    """
-
-    weights: Tensor | Sequence[Tensor] | None
-    biases: Tensor | Sequence[Tensor] | None
-    eps: float
-    relu: bool = False
-
-    @property
-    def weight(self) -> Tensor | None:
-        """Weight as one tensor, [S, C]."""
-        return _stacked(self.weights)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias as one tensor, [S, C]."""
-        return _stacked(self.biases)
-
-    def scale(self, moments: Moments) -> Tensor:
-        """Return the factor of each split and channel, [S, C], float64."""
-        invstd, weight = moments.invstd(self.eps), self.weight
-        return invstd if weight is None else invstd * weight
-
-    def through_relu(self, dy: Tensor, output: Callable[[], Tensor]) -> Tensor:
-        """Return dy, 0 where a ReLU that follows cut the output off, which is asked for then."""
-        return torch.where(output() > 0, dy, 0) if self.relu else dy
-
-
-def _stacked(values: Tensor | Sequence[Tensor] | None) -> Tensor | None:
-    """Return the values of all splits as one tensor, [S, C]."""
-    return values if values is None or isinstance(values, Tensor) else torch.stack(list(values))
+def check_tensors(
+    name: str, tensors: Sequence[Tensor], shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Raise unless the tensor of each split has this shape and is on this device."""
+    for tensor in tensors:
+        if tensor.shape != shape:
+            raise RuntimeError(
+                f"{name} must have shape {list(shape)} for each split, got {list(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name} must be on the device of input, {device}, got {tensor.device}; "
+                "move the layer there with .to(), or with .to_empty() from meta"
+            )

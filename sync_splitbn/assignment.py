@@ -14,7 +14,10 @@ from ._moments import check_sizes
 
 @dataclass(frozen=True)
 class Assignment:
-    """One way to tell the splits of a batch apart: sizes with their ends, only, or index."""
+    """One way to tell the splits of a batch apart: sizes, only, or index.
+
+    `ends` holds the row behind each sub-batch, as compiled graphs take sizes.
+    """
 
     sizes: tuple[int, ...] | None = None
     ends: Tensor | None = None
@@ -41,6 +44,8 @@ class Assignable(nn.Module):
     num_splits: int
     _assignment: Assignment | None = None
     _stats_frozen: bool = False
+    # Set while a compiled graph is traced: from then on sizes come as a tensor too.
+    _is_compiled: bool = False
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def assign_splits(
     layers = _layers(model, "assign_splits")
     if sizes is not None:
         sizes = check_sizes(sizes, layers[0].num_splits)
-    assignment = _assignment(sizes, only, index, layers[0])
+    assignment = _assignment(sizes, only, index, layers)
     for layer in layers:
         _check_fit(assignment, layer.num_splits)
     with _set_on(layers, "_assignment", assignment):
@@ -118,7 +123,10 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
 
 
 def _assignment(
-    sizes: tuple[int, ...] | None, only: int | None, index: Tensor | None, layer: nn.Module
+    sizes: tuple[int, ...] | None,
+    only: int | None,
+    index: Tensor | None,
+    layers: list[Assignable],
 ) -> Assignment:
     """Return the one that is given, or raise."""
     choices = {"sizes": sizes, "only": only, "index": index}
@@ -129,9 +137,9 @@ def _assignment(
         )
     if only is not None and (isinstance(only, bool) or not isinstance(only, int)):
         raise TypeError(f"only must be an int, got {type(only).__name__}")
-    if sizes is None:
-        return Assignment(only=only, index=index)
-    return Assignment(sizes, _ends(sizes, layer))
+    is_compiled = any(layer._is_compiled for layer in layers)
+    ends = _ends(sizes, layers[0]) if sizes is not None and is_compiled else None
+    return Assignment(sizes, ends, only, index)
 
 
 def _ends(sizes: tuple[int, ...], layer: nn.Module) -> Tensor:

@@ -9,7 +9,16 @@ from torch import Tensor
 from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
 from ._collectives import check_group, resolve_group
-from ._moments import Affine, Moments, Splits, accumulation_dtype, check_sizes
+from ._moments import (
+    Affine,
+    Moments,
+    RunningStats,
+    Splits,
+    accumulation_dtype,
+    check_eps,
+    check_num_splits,
+    check_sizes,
+)
 
 
 def sync_split_batch_norm(
@@ -78,13 +87,12 @@ def sync_split_batch_norm(
     """
     check_input(input)
     check_group(process_group)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    check_eps(eps)
     splits = check_splits(input, num_splits, sizes, index)
     weights = _by_split("weight", weight, input, num_splits)
     biases = _by_split("bias", bias, input, num_splits)
     none = [None] * num_splits
-    output, *described = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+    output, values = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
         splits,
         num_splits,
@@ -94,7 +102,15 @@ def sync_split_batch_norm(
         *(weights or none),
         *(biases or none),
     )
-    return output, Moments(*described)
+    return output, Moments(values)
+
+
+def update_running_stats(running: RunningStats, moments: Moments) -> None:
+    """Move the running statistics of S splits by the moments of a batch, in place.
+
+    A split without elements leaves its own as they are, one with a single element its variance.
+    """
+    _kernels.choose(None, running.means[0]).update_running_stats(running, moments)
 
 
 def normalize_rows(
@@ -119,7 +135,7 @@ def normalize_rows(
     return _kernels.choose("aten", input).normalize(
         input,
         check_splits(input, num_splits, sizes, index),
-        Moments.given(mean.double(), var.double()),
+        Moments.of_statistics(mean, var),
         affine,
     )
 
@@ -136,14 +152,6 @@ def check_input(input: Tensor, num_features: int | None = None) -> None:
         raise ValueError(
             f"input.shape[1] must equal num_features={num_features}, got {input.shape[1]}"
         )
-
-
-def check_num_splits(num_splits: int) -> None:
-    """Raise unless there is a split."""
-    if not isinstance(num_splits, int):
-        raise TypeError(f"num_splits must be an int, got {type(num_splits).__name__}")
-    if num_splits < 1:
-        raise ValueError(f"num_splits must be at least 1, got {num_splits}")
 
 
 def check_splits(
@@ -217,5 +225,11 @@ def _by_split(
             f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, or be S "
             f"tensors [C], got {list(got)}"
         )
+    for each in values:
+        if each.device != input.device:
+            raise ValueError(
+                f"{name} must be on the device of input, {input.device}, got {each.device}; "
+                "move the layer there with .to(), or from meta with .to_empty()"
+            )
     dtype = accumulation_dtype(input.dtype)
     return [each if each.dtype == dtype else each.to(dtype) for each in values]

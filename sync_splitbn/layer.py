@@ -3,8 +3,6 @@
 S splits, C features, N rows.
 """
 
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,19 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._kernels import cpu
-from ._moments import Moments, accumulation_dtype
+from ._moments import Moments, RunningStats, accumulation_dtype
 from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
-from .functional import check_input, normalize_rows, sync_split_batch_norm
-
-# Of torch, timm and apex.
-STOCK_CONVERTERS = {
-    "convert_sync_batchnorm",
-    "convert_splitbn_model",
-    "convert_syncbn_model",
-    "freeze_batch_norm_2d",
-}
+from .functional import (
+    check_input,
+    normalize_rows,
+    sync_split_batch_norm,
+    update_running_stats,
+)
 
 
 class SyncSplitBatchNorm(SplitState, Assignable):
@@ -94,6 +88,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`: by batch statistics in training, by running ones in evaluation."""
         check_input(input, self.num_features)
+        if torch.compiler.is_compiling():
+            self._is_compiled = True
         if self.training or self.running_mean is None:
             return self._normalize_batch(input)
         return self._evaluate(input)
@@ -107,9 +103,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         elif not self.training:
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         # Activation checkpointing runs forward again inside backward: count a batch once.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        tracking = self.training and self.track_running_stats and self.running_mean is not None
-        tracking = tracking and not self._stats_frozen
+        is_recompute = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        is_tracking = self.training and self.track_running_stats and self.running_mean is not None
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
@@ -121,32 +116,24 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sync=self.training,
             process_group=self.process_group,
         )
-        if tracking and not again:
+        if is_tracking and not self._stats_frozen and not is_recompute:
             self._update_running_stats(moments)
         return output
 
-    @torch.no_grad()
     def _update_running_stats(self, moments: Moments) -> None:
-        """Move every split's running statistics, on the device, by the moments of all ranks."""
+        """Update every split's running statistics by the moments of all ranks."""
         splits = list(self._splits())
-        trackers = [stats.num_batches_tracked for stats in splits]
+        counters = [stats.num_batches_tracked for stats in splits]
+        # As in plain batch norm, None counts nothing, and then there is no average to take.
+        counted = [counter for counter in counters if counter is not None]
+        if counted and len(counted) < len(counters):
+            raise RuntimeError(
+                "num_batches_tracked must be a buffer of every split or None in all, "
+                f"got {len(counted)} of {len(counters)}"
+            )
         means = [stats.running_mean for stats in splits]
         variances = [stats.running_var for stats in splits]
-        step: Any = self.momentum
-        if step is not None and cpu.follow(means, variances, trackers, moments, step):
-            return
-        running = means + variances
-        # A split without elements tells nothing, one with a single element no variance.
-        count = moments.packed[:, -1:]
-        seen, several = count > 0, count > 1
-        torch._foreach_add_(trackers, seen.long().flatten().unbind())
-        if step is None:
-            tracked = torch.stack(trackers)
-            step = torch.cat([tracked, tracked]).double().reciprocal().unsqueeze(1)
-        before = torch.stack(running).double()
-        told = torch.lerp(before, torch.cat([moments.mean, moments.unbiased_var]), step)
-        kept = torch.where(torch.cat([seen, several]), told, before)
-        torch._foreach_copy_(running, kept.unbind())
+        update_running_stats(RunningStats(means, variances, counted, self.momentum), moments)
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""
@@ -180,19 +167,6 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             bias if bias is None else bias.to(dtype),
             eps=self.eps,
         )
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the children, unless to a stock converter, which would lose the splits."""
-        # They ask every batch norm for its children, after they made another layer of it or passed
-        # it over; no error would follow before training, and often none at all.
-        caller = sys._getframe(1).f_code.co_name
-        if caller in STOCK_CONVERTERS:
-            raise RuntimeError(
-                f"SyncSplitBatchNorm must not be converted by others, got {caller}, which does not "
-                "know its splits; it is split and synchronized already, so leave that call out, "
-                "or freeze before converting"
-            )
-        return super().named_children()
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(

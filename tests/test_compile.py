@@ -7,11 +7,13 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
+from compiled import COMPILED
 from ranks import run_ranks
 from torch import nn
 from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
 
-from sync_splitbn import SyncSplitBatchNorm, assign_splits, sync_split_batch_norm
+from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, sync_split_batch_norm
 
 # The first compilation of a process takes half a minute on two slow cores.
 pytestmark = [
@@ -25,6 +27,11 @@ SECONDS = 200
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
+
+
+def no_loops(x):
+    """Stand for `_kernels.default_unavailable`, so that ATen is traced, as it is on a GPU."""
+    return "the loops are left out"
 
 
 def model_of(seed=0, **options):
@@ -57,9 +64,11 @@ def compare(compiled, eager, parts, x, dy, **assigned):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def compiled_ranks(rank, world_size, backend):
+def compiled_ranks(rank, world_size, backend, kernels):
     """Train compiled and eager side by side on this rank's data, over changing batch sizes."""
     report = {}
+    if kernels == "aten":
+        _kernels.default_unavailable = no_loops
     for options in ({}, {"momentum": None, "num_splits": 3}, {"track_running_stats": False}):
         torch._dynamo.reset()
         eager = model_of(**options)
@@ -98,9 +107,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
-def test_compiled_model_equals_eager_on_every_rank(backend, tmp_path):
+@pytest.mark.parametrize("kernels", ["default", "aten"])
+def test_compiled_model_equals_eager_on_every_rank(kernels, backend, tmp_path):
     """Compiled parameter gradients came back as sums over ranks elsewhere."""
-    for frames, messages in run_ranks(compiled_ranks, 2, tmp_path, backend, seconds=SECONDS):
+    arguments = compiled_ranks, 2, tmp_path, backend, kernels
+    for frames, messages in run_ranks(*arguments, seconds=SECONDS):
         assert messages == (2, 2, 0), "one all_reduce per layer and direction, none in evaluation"
         assert all(count <= 2 for count in frames.values()), frames
 
@@ -129,8 +140,25 @@ def test_changing_assignments_recompile_a_bounded_number_of_times(how, training)
 @pytest.mark.parametrize("sizes", [(2, 3), (4, 4)])
 def test_compiled_sizes_that_do_not_fit_are_refused(sizes):
     compiled = torch.compile(layer := SyncSplitBatchNorm(3), backend="aot_eager")
+    with assign_splits(layer, sizes=(2, 4)):
+        compiled(torch.randn(6, 3))
+    # Now that the layer is known to be compiled, sizes are a tensor of the graph.
     with assign_splits(layer, sizes=sizes), pytest.raises(RuntimeError, match="must sum to"):
         compiled(torch.randn(6, 3))
+
+
+def test_first_compiled_sizes_that_do_not_fit_are_refused():
+    compiled = torch.compile(layer := SyncSplitBatchNorm(3), backend="aot_eager")
+    with assign_splits(layer, sizes=(2, 3)), pytest.raises(ValueError, match="must sum to"):
+        compiled(torch.randn(6, 3))
+
+
+def test_eager_sizes_make_no_tensor(monkeypatch):
+    """It was pinned and copied to the device at each use, and read by compiled graphs alone."""
+    layer = SyncSplitBatchNorm(3)
+    monkeypatch.setattr(torch, "tensor", None)
+    with assign_splits(layer, sizes=(2, 4)):
+        layer(torch.randn(6, 3))
 
 
 def test_compiled_index_out_of_range_is_refused():
@@ -181,7 +209,8 @@ def generated_kernels(model, x):
 
 
 @needs_compiler
-def test_inductor_fuses_what_follows_the_normalization():
+def test_inductor_fuses_what_follows_aten_kernels(monkeypatch):
+    monkeypatch.setattr(_kernels, "default_unavailable", no_loops)
     x = torch.randn(6, 4, 5, 5)
     alone = generated_kernels(SyncSplitBatchNorm(4), x)
     assert alone > 0
@@ -192,6 +221,16 @@ def test_inductor_fuses_what_follows_the_normalization():
             return (super().forward(x) + x).relu()
 
     assert generated_kernels(Residual(SyncSplitBatchNorm(4)), x) == alone
+
+
+@needs_compiler
+@COMPILED
+def test_compiled_graphs_on_a_cpu_call_the_loops():
+    layer, x = SyncSplitBatchNorm(4), torch.randn(6, 4, 5, 5)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+    assert "sync_splitbn.normalize_batch" in code
+    assert "sync_splitbn.update_running_stats" in code
 
 
 def test_functional_compiles_to_one_graph():

@@ -1,92 +1,187 @@
-"""The four local computations of split batch normalization, and the choice of who does them.
+"""The local computations of split batch normalization, and the choice of who does them.
 
-Each kernel module defines these functions, with N rows, S splits, C features and `splits` as in
-`_moments`. `x`, `dy` and the results like them are [N, C, ...] in any floating type and layout.
-`moments` returns the local packed moments, float64 [S, 2C + 1], each row [sum of x | sum of x^2 |
-count]; the others take the `Moments` of all ranks. `affine` holds eps, the splits' weights and
-biases in the accumulation type (float32, or float64 for float64 input) or None, and whether a
-ReLU follows, through which the backward kernels then take dy:
+N rows, S splits, C features. Each kernel module (`aten`, `cpu`, `triton`) offers the functions of
+`Kernels`, and `unavailable(x)`, which returns why it cannot compute with tensors like x, or None.
+The compiled ones are called through `operators`. Arguments and results are:
 
-    moments(x, splits, num_splits) -> local packed moments
-    normalize(x, splits, moments, affine) -> y, like x
-    grad_sums(dy, x, splits, moments, affine) -> local [sum of dy | sum of dy * (x - mean)], [S, 2C]
-    grad_input(dy, x, splits, moments, affine, sums) -> dx, like x
-
-`grad_sums` returns the accumulation type; `grad_input` takes its sum over all ranks.
+    x, dy, y, dx   [N, C, ...], any floating type and layout; y and dx are like x
+    splits         `_moments.Splits`: the sizes of S contiguous sub-batches, or the split of each
+                   row as int64 [N]
+    sums of x      float64 [S, 2C + 1], each row [sum of x | sum of x^2 | count]; they add over
+                   ranks
+    moments        `_moments.Moments` of float64 [S, 2C + 1], each row [mean | biased variance |
+                   count]; mean and variance are 0 where a split is empty
+    affine         eps, and S weights and S biases, [C] each, in the accumulation type (float32, or
+                   float64 for float64 input), or None
+    sums of dy     accumulation type [S, 2C], each row [sum of dy | sum of dy * xhat] with
+                   xhat = (x - mean) / sqrt(var + eps); they add over ranks, and the local ones are
+                   the gradients of the local biases and weights
 """
 
+import functools
+import importlib
 import importlib.util
-from typing import Protocol, cast
+import warnings
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
-from .._moments import Affine, Moments, Splits, is_eager_cpu
-from . import aten, cpu
+from .._moments import Affine, Moments, RunningStats, Splits, accumulation_dtype
+from . import aten, cpu, operators
+
+operators.register(cpu, "CPU")
 
 
 class Kernels(Protocol):
     """What a kernel module offers."""
 
-    def moments(self, x: Tensor, splits: Splits, num_splits: int) -> Tensor: ...
+    def sums(self, x: Tensor, splits: Splits, num_splits: int) -> Tensor:
+        """Return the local sums of x."""
 
-    def normalize(self, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor: ...
+    def moments(self, sums: Tensor) -> Moments:
+        """Return the moments that follow from sums of x."""
+
+    def normalize(self, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
+        """Return y = xhat * weight + bias."""
 
     def grad_sums(
         self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the local sums of dy."""
 
     def grad_input(
         self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return dx from the sums of dy over all ranks."""
 
-
-class AloneKernels(Protocol):
-    """What a kernel module offers besides for a rank without others: each way in one call."""
-
-    def alone(
+    def normalize_batch(
         self, x: Tensor, splits: Splits, num_splits: int, affine: Affine
-    ) -> tuple[Tensor, Moments]: ...
+    ) -> tuple[Tensor, Moments]:
+        """Return y by the moments of the local x alone, and these: for a rank without others.
 
-    def grad_alone(
+        The variance of float64 is taken about the mean, so that no digit is lost.
+        """
+
+    def grad_batch(
         self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Return dx by the local sums of dy alone, and these: for a rank without others."""
+
+    def update_running_stats(self, running: RunningStats, moments: Moments) -> None:
+        """Update in place; an empty split updates nothing, a single element no variance."""
 
 
 def choose(impl: str | None, x: Tensor) -> Kernels:
-    """Return the kernels named `impl`, or those that suit for None; a name never falls back."""
+    """Return the kernels named `impl`, or the default for `x`; a named one never falls back."""
     if impl is None:
-        served = cpu.missing is None and x.dtype in cpu.LETTERS
-        impl = "cpu" if served and is_eager_cpu(x) else "aten"
+        # In compiled graphs on a GPU, inductor fuses ATen's operators with their neighbours; on a
+        # CPU the loops were measured to be faster than its code, also with a ReLU behind.
+        traced = torch.compiler.is_compiling() and not x.is_cpu
+        served = not traced and default_unavailable(x) is None
+        return cast(Kernels, operators if served else aten)
+    if impl not in ("aten", "cpu", "triton"):
+        raise ValueError(f"impl must be one of 'aten', 'cpu', 'triton' or None, got {impl!r}")
+    reason = unavailable(impl, x)
+    if reason is not None:
+        raise RuntimeError(
+            f"impl={impl!r} must be able to serve the input, got {reason}; pass impl=None to choose"
+        )
     if impl == "aten":
         return cast(Kernels, aten)
+    # On a CPU, Triton's kernels run in its interpreter, which no operator leads to.
+    return cast(Kernels, _triton() if impl == "triton" and x.is_cpu else operators)
+
+
+def unavailable(impl: str, x: Tensor) -> str | None:
+    """Return why the kernels named `impl` cannot compute with tensors like `x`, or None."""
+    if impl == "aten":
+        return aten.unavailable(x)
     if impl == "cpu":
-        if not is_eager_cpu(x):
-            raise RuntimeError(
-                "impl='cpu' must be given a CPU tensor with values, outside torch.compile, got one "
-                f"on {x.device}; pass impl=None to choose"
-            )
-        if cpu.missing is not None:
-            raise RuntimeError(
-                f"impl='cpu' must have its compiled loops, got {cpu.missing}; install the package "
-                "where a C++ compiler is, or pass impl=None to choose"
-            )
-        if x.dtype not in cpu.LETTERS:
-            raise TypeError(
-                f"impl='cpu' must be given one of {[*cpu.LETTERS]}, got {x.dtype}; "
-                "pass impl=None to choose"
-            )
-        return cast(Kernels, cpu)
-    if impl == "triton":
-        # Imported where it is asked for: Triton is not everywhere.
-        if importlib.util.find_spec("triton") is None:
-            raise RuntimeError(
-                "impl='triton' must have Triton to import, got none; install triton, or pass "
-                "impl=None to choose by device"
-            )
-        return cast(Kernels, importlib.import_module(f"{__name__}.triton"))
-    raise ValueError(f"impl must be one of 'aten', 'cpu', 'triton' or None, got {impl!r}")
+        return cpu.unavailable(x)
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton to import"
+    reason: str | None = _triton().unavailable(x)
+    return reason
 
 
-def of_alone(kernels: Kernels, group: object) -> AloneKernels | None:
-    """Return what these kernels offer for a rank without a group, if it is more than the four."""
-    return cpu if group is None and kernels is cpu else None
+def default_unavailable(x: Tensor) -> str | None:
+    """Return why ATen serves tensors like `x` by default, or None where compiled kernels do."""
+    if x.is_cpu:
+        return cpu.unavailable(x)
+    if not x.is_cuda:
+        return f"no compiled kernels for device type {x.device.type}"
+    key = x.device, x.dtype
+    if key not in _triton_verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return "Triton was not compared with ATen before this graph capture"
+        _triton_verdicts[key] = _compare_triton(x)
+    return _triton_verdicts[key]
+
+
+# Why Triton does not serve a device and type by default, or None where it does.
+_triton_verdicts: dict[tuple[torch.device, torch.dtype], str | None] = {}
+
+
+@functools.cache
+def _triton() -> Any:
+    """Import the Triton kernels, and have them compute the operators on CUDA."""
+    triton = importlib.import_module(f"{__name__}.triton")
+    operators.register(triton, "CUDA")
+    return triton
+
+
+def _compare_triton(x: Tensor) -> str | None:
+    """Return why Triton must not serve tensors like `x`, after a small batch beside ATen's."""
+    reason = unavailable("triton", x)
+    if reason is None:
+        try:
+            if not _agree(_triton(), x.device, x.dtype):
+                reason = "its results differ from ATen's on this device"
+        # A compiler can fail in any way; the library must not.
+        except Exception as error:
+            reason = f"it cannot compile: {type(error).__name__}: {error}"
+    elif importlib.util.find_spec("triton") is None:
+        return reason
+    if reason is not None:
+        warnings.warn(
+            f"Triton kernels must not serve {x.dtype} on {x.device}: {reason}; ATen serves instead",
+            stacklevel=2,
+        )
+    return reason
+
+
+@torch.no_grad()
+def _agree(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether kernels give what ATen's give, on a small batch in both layouts."""
+    wide = accumulation_dtype(dtype)
+    wave = torch.arange(2 * 6 * 17 * 5 * 5, device=device, dtype=torch.float64).sin()
+    both = (wave.view(2, 6, 17, 5, 5) + 1).to(dtype)
+    weights = list(wave[:51].view(3, 17).to(wide))
+    affine, splits = Affine(weights, weights, 1e-5), (1, 3, 2)
+    index = torch.arange(6, device=device) % 3
+    agreed = True
+    for split, layout in ((splits, torch.contiguous_format), (index, torch.channels_last)):
+        x, dy = (t.contiguous(memory_format=layout) for t in both)
+        found = _run_all(kernels, dy, x, split, affine)
+        expected = _run_all(cast(Kernels, aten), dy, x, split, affine)
+        for a, b in zip(found, expected, strict=True):
+            tolerance = 1e-4 if a.dtype.itemsize >= 4 else 4 * torch.finfo(a.dtype).eps
+            agreed &= torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+    return agreed
+
+
+def _run_all(
+    kernels: Kernels, dy: Tensor, x: Tensor, splits: Splits, affine: Affine
+) -> list[Tensor]:
+    """Return what each kernel makes of one batch."""
+    sums = kernels.sums(x, splits, 3)
+    moments = kernels.moments(sums)
+    grad_sums = kernels.grad_sums(dy, x, splits, moments, affine)
+    means, variances = sums.new_zeros(3, x.shape[1]), sums.new_ones(3, x.shape[1])
+    counters = torch.zeros(3, dtype=torch.int64, device=x.device)
+    running = RunningStats([*means], [*variances], [*counters], 0.1)
+    kernels.update_running_stats(running, moments)
+    y = kernels.normalize(x, splits, moments, affine)
+    dx = kernels.grad_input(dy, x, splits, moments, affine, grad_sums)
+    return [sums, moments.values, y, grad_sums, dx, means, variances, counters]

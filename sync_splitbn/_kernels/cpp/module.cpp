@@ -1,335 +1,384 @@
-// The four kernels as cpu.py calls them, with tensors given by their addresses.
+// The kernels as cpu.py calls them.
 //
-// [S, C] is what S splits have for C features: mean and var float64, weights and biases an address
-// [C] for each split, in the type that elements are computed with, as the sums of dy are.
+// Moments are [S, 2C + 1] float64, each row mean, variance and count; parameters are a tensor [C]
+// for each split, in the type that elements are computed with, as the sums of dy are.
+
+#include "tensor.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "loops.h"
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <cmath>
-#include <exception>
-
 namespace {
 
-// Calls body(T()) for the type of elements that Python names by a letter.
-template <class Body>
-void of_type(int letter, const Body& body) {
-  switch (letter) {
-    case 'f':
-      return body(float());
-    case 'd':
-      return body(double());
-    case 'b':
-      return body(Bfloat16());
-    case 'h':
-      return body(Half());
-  }
-}
+struct OwnedBatch : Batch {
+  Type type;
+  Integers split_of_row;
 
-template <class T>
-T* pointer(Py_ssize_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-int refuse(PyObject* error, const char* message) {
-  PyErr_SetString(error, message);
-  return 0;
-}
-
-// Calls body() for its result; memory that there is not is no reason to end the process.
-template <class Body>
-int guarded(const Body& body) {
-  try {
-    return body();
-  } catch (const std::exception&) {
-    PyErr_NoMemory();
-    return 0;
-  }
-}
-
-// Reads numbers from a tuple.
-int read_numbers(PyObject* given, std::vector<int64_t>& numbers) {
-  if (!PyTuple_Check(given)) return refuse(PyExc_TypeError, "numbers must be in a tuple");
-  for (Py_ssize_t i = 0; i < PyTuple_Size(given); i++)
-    numbers.push_back(PyLong_AsSsize_t(PyTuple_GetItem(given, i)));
-  return !PyErr_Occurred();
-}
-
-// Fills in the split of each row from S sizes.
-int expand(const std::vector<int64_t>& sizes, Batch& batch) {
-  for (size_t split = 0; split < sizes.size(); split++) {
-    const int64_t rows = batch.split.size(), size = sizes[split];
-    if (size < 0 || size > batch.rows - rows) break;
-    batch.split.resize(rows + size, split);
-  }
-  return int64_t(batch.split.size()) == batch.rows;
-}
-
-// Reads (sizes or the address of an index, S, N, C, L, whether features are innermost, threads).
-int read_batch(PyObject* given, void* into) {
-  Batch& batch = *static_cast<Batch*>(into);
-  PyObject* splits;
-  int last;
-  if (!PyArg_ParseTuple(given, "OLLLLpL", &splits, &batch.splits, &batch.rows, &batch.features,
-                        &batch.length, &last, &batch.threads))
-    return 0;
-  batch.last = last;
-  return guarded([&] {
-    if (PyLong_Check(splits)) {
-      const int64_t* index = pointer<int64_t>(PyLong_AsSsize_t(splits));
-      batch.split.assign(index, index + batch.rows);
-    } else {
-      std::vector<int64_t> sizes;
-      if (!read_numbers(splits, sizes)) return 0;
-      if (!expand(sizes, batch)) return refuse(PyExc_ValueError, "sizes must sum to the rows");
+  // From x, and from the sizes of contiguous splits or an index.
+  OwnedBatch(const Tensor& x, PyObject* rows_of, int64_t num_splits, int64_t num_threads)
+      : Batch(), type(x.type) {
+    require(type != INT64 && x.shape.size() >= 2, PyExc_TypeError, "x must be floating [N, C, ...]");
+    rows = x.shape[0], features = x.shape[1], splits = num_splits, threads = num_threads;
+    length = 1;
+    for (size_t dim = 2; dim < x.shape.size(); dim++) length *= x.shape[dim];
+    channels_last = features > 1 && x.is_dense(true);
+    require(channels_last || x.is_dense(false), PyExc_RuntimeError, "x must be dense");
+    if (PyTuple_Check(rows_of) || PyList_Check(rows_of))
+      expand(integers(rows_of));
+    else {
+      const int64_t* index = checked(rows_of, "index", INT64, {rows}).pointer<int64_t>();
+      // A copy: another thread may change the index after it was checked.
+      split_of_row.assign(index, index + rows);
     }
-    for (const int64_t split : batch.split)
-      if (split < 0 || split >= batch.splits)
-        return refuse(PyExc_ValueError, "index must hold splits");
-    return 1;
-  });
-}
-
-// Reads an address for each split, or None.
-int read_addresses(PyObject* given, void* into) {
-  auto& addresses = *static_cast<std::vector<int64_t>*>(into);
-  return given == Py_None || guarded([&] { return read_numbers(given, addresses); });
-}
-
-// Calls body(T()) for the type of elements, without Python's lock.
-template <class Body>
-PyObject* unlocked(int type, const Body& body) {
-  bool enough = true;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    of_type(type, body);
-  } catch (const std::exception&) {
-    enough = false;
+    for (const int64_t split : split_of_row)
+      require(split >= 0 && split < splits, PyExc_ValueError,
+              "index must hold splits from 0 to num_splits - 1");
+    split = split_of_row.data();
+    shares = std::clamp(x.elements() / ELEMENTS_PER_THREAD, int64_t(1), threads);
+    positions_per_row = channels_last ? std::max(LONG_ROW / features, int64_t(1)) : 1;
   }
-  Py_END_ALLOW_THREADS
-  if (!enough) return PyErr_NoMemory();
-  Py_RETURN_NONE;
-}
 
-// What the four kernels share of a layer: [S, C] mean and var, and the parameters.
-struct Layer {
-  Py_ssize_t mean, var;
-  std::vector<int64_t> weights, biases;
-  double eps;
-
-  template <class A>
-  double weight(int64_t split, int64_t feature) const {
-    return weights.empty() ? 1 : pointer<A>(weights[split])[feature];
+  void expand(const Integers& sizes) {
+    for (size_t i = 0; i < sizes.size(); i++) {
+      const int64_t left = rows - int64_t(split_of_row.size());
+      require(sizes[i] >= 0 && sizes[i] <= left, PyExc_ValueError, "sizes must sum to the rows");
+      split_of_row.resize(split_of_row.size() + sizes[i], i);
+    }
+    require(int64_t(split_of_row.size()) == rows, PyExc_ValueError, "sizes must sum to the rows");
   }
-  template <class A>
-  double bias(int64_t split, int64_t feature) const {
-    return biases.empty() ? 0 : pointer<A>(biases[split])[feature];
+
+  Type accumulation_type() const { return type == FLOAT64 ? FLOAT64 : FLOAT32; }
+
+  // The tensor of a batch like x, in the same layout.
+  Tensor like(const Tensor& x, PyObject* tensor, const char* name) const {
+    Tensor found(tensor, name);
+    require(found.type == type && found.shape == x.shape && found.is_dense(channels_last),
+            PyExc_RuntimeError, "%s must have the type, shape and layout of x", name);
+    return found;
   }
 };
 
+// Calls body(T()) for the type of elements, without the GIL.
+template <class Body>
+void run(Type type, const Body& body) {
+  bool has_memory = true;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    if (type == FLOAT32) body(float());
+    if (type == FLOAT64) body(double());
+    if (type == BFLOAT16) body(Bfloat16());
+    if (type == FLOAT16) body(Half());
+  } catch (const std::bad_alloc&) {
+    has_memory = false;
+  }
+  Py_END_ALLOW_THREADS
+  if (!has_memory) throw std::bad_alloc();
+}
+
+// Calls body() and returns None, or raises what it threw.
+template <class Body>
+PyObject* guarded(const Body& body) {
+  try {
+    body();
+  } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::exception&) {
+    return PyErr_NoMemory();
+  }
+  Py_RETURN_NONE;
+}
+
+// Moments and parameters of a layer, by split and feature.
 template <class T>
-void fill_moments(const Batch& batch, const T* x, double* packed) {
+struct Layer {
+  using A = Scalar<T>;
+  int64_t features;
+  const double* moments;
+  const Integers &weights, &biases;
+  double eps;
+
+  const double* row(int64_t split) const { return moments + split * (2 * features + 1); }
+  double mean(int64_t split, int64_t c) const { return row(split)[c]; }
+  double invstd(int64_t split, int64_t c) const {
+    return 1 / std::sqrt(row(split)[features + c] + eps);
+  }
+  double count(int64_t split) const { return std::max(row(split)[2 * features], 1.0); }
+  double weight(int64_t split, int64_t c) const {
+    return weights.empty() ? 1 : reinterpret_cast<const A*>(weights[split])[c];
+  }
+  double bias(int64_t split, int64_t c) const {
+    return biases.empty() ? 0 : reinterpret_cast<const A*>(biases[split])[c];
+  }
+};
+
+// Returns the totals of sum_batch, of which the first [S, 2C] are the result.
+template <bool GRAD, class T>
+std::vector<double> sum_all(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean) {
+  std::vector<double> totals(batch.shares * batch.splits * 2 * batch.features);
+  const int64_t vectors = batch.channels_last ? 0 : 3 * batch.shares * batch.features;
+  std::unique_ptr<void, decltype(&std::free)> memory(
+      std::aligned_alloc(VECTOR_BYTES, VECTOR_BYTES * (vectors + 1)), &std::free);
+  if (!memory) throw std::bad_alloc();
+  sum_batch<GRAD>(batch, dy, x, mean, totals.data(), memory.get());
+  return totals;
+}
+
+// Writes to y or dx, with the coefficients that of(split, feature) returns as four numbers.
+template <bool GRAD, class T, class Of>
+void map_all(const Batch& batch, const T* dy, const T* x, T* y, const Of& of) {
+  using A = Scalar<T>;
+  const int64_t features = batch.features, repeats = batch.positions_per_row;
+  const int64_t size = batch.splits * repeats * features;
+  std::vector<A> numbers(4 * size + 1);
+  A* const all = numbers.data();
+  const Coefficients<A> map{all, all + size, all + 2 * size, all + 3 * size};
+  for (int64_t split = 0; split < batch.splits; split++)
+    for (int64_t c = 0; c < features; c++) {
+      const auto [mean, slope, offset, scale] = of(split, c);
+      for (int64_t i = split * repeats; i < (split + 1) * repeats; i++) {
+        const int64_t at = i * features + c;
+        map.mean[at] = mean, map.slope[at] = slope, map.offset[at] = offset, map.scale[at] = scale;
+      }
+    }
+  map_batch<GRAD>(batch, map, dy, x, y);
+}
+
+template <class A>
+struct Line {
+  A mean, slope, offset, scale;
+};
+
+template <class T>
+void fill_sums(const Batch& batch, const T* x, const Scalar<T>* mean, double* out) {
+  const auto totals = sum_all<false, T>(batch, x, x, mean);
   const int64_t size = 2 * batch.features;
-  const std::vector<double> sums = add_up<false, T>(batch, x, x, nullptr);
-  for (int64_t split = 0; split < batch.splits; split++, packed += size + 1) {
-    std::copy_n(sums.data() + split * size, size, packed);
-    const auto rows = std::count(batch.split.begin(), batch.split.end(), split);
-    packed[size] = rows * batch.length;
+  for (int64_t split = 0; split < batch.splits; split++, out += size + 1) {
+    std::copy_n(totals.data() + split * size, size, out);
+    out[size] = std::count(batch.split, batch.split + batch.rows, split) * batch.length;
+  }
+}
+
+// Turns sums of x into moments, in place if they are one.
+void fill_moments(int64_t splits, int64_t features, const double* sums, double* out) {
+  const int64_t width = 2 * features + 1;
+  for (int64_t split = 0; split < splits; split++, sums += width, out += width) {
+    const double count = std::max(sums[2 * features], 1.0);
+    for (int64_t c = 0; c < features; c++) {
+      const double mean = sums[c] / count, var = sums[features + c] / count - mean * mean;
+      out[c] = mean;
+      // Not by max(): a NaN stays one.
+      out[features + c] = var < 0 ? 0 : var;
+    }
+    out[2 * features] = sums[2 * features];
+  }
+}
+
+// Moments of x itself; those of float64 about their mean, where no digit is lost.
+template <class T>
+void fill_local_moments(const Batch& batch, const T* x, double* moments) {
+  const int64_t features = batch.features, width = 2 * features + 1;
+  fill_sums<T>(batch, x, nullptr, moments);
+  fill_moments(batch.splits, features, moments, moments);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    std::vector<double> mean(batch.splits * features);
+    for (size_t i = 0; i < mean.size(); i++)
+      mean[i] = moments[i / features * width + i % features];
+    fill_sums<T>(batch, x, mean.data(), moments);
+    fill_moments(batch.splits, features, moments, moments);
+    for (size_t i = 0; i < mean.size(); i++)
+      moments[i / features * width + i % features] += mean[i];
   }
 }
 
 template <class T>
-void fill_output(const Batch& batch, const Layer& layer, const T* x, T* y) {
+void fill_output(const Batch& batch, const Layer<T>& layer, const T* x, T* y) {
   using A = Scalar<T>;
-  Map<A> map(batch.splits * batch.features * batch.fold());
-  for (int64_t i = 0; i < batch.splits * batch.features; i++) {
-    const int64_t split = i / batch.features, c = i % batch.features;
-    const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
+  map_all<false>(batch, x, x, y, [&](int64_t split, int64_t c) {
     // What the mean loses by its type goes to the offset.
-    const A near = mean, slope = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
-    const A offset = layer.bias<A>(split, c) + (near - mean) * slope;
-    map.set(batch, split, c, {near, slope, offset, 0});
-  }
-  apply<false>(batch, map, x, x, y);
+    const double mean = layer.mean(split, c);
+    const A high = mean, slope = layer.weight(split, c) * layer.invstd(split, c);
+    return Line<A>{high, slope, A(layer.bias(split, c) + (high - mean) * slope), 0};
+  });
 }
 
 template <class T>
-void fill_sums(const Batch& batch, const T* dy, const T* x, const double* mean, Scalar<T>* to) {
+void fill_grad_sums(const Batch& batch, const Layer<T>& layer, const T* dy, const T* x,
+                    Scalar<T>* out) {
   const int64_t features = batch.features;
-  const std::vector<Scalar<T>> near(mean, mean + batch.splits * features);
-  const std::vector<double> sums = add_up<true>(batch, dy, x, near.data());
-  for (int64_t i = 0; i < batch.splits * features; i++) {
-    const int64_t plain = i + i / features * features, product = plain + features;
-    to[plain] = sums[plain];
-    to[product] = sums[product] + (near[i] - mean[i]) * sums[plain];
-  }
+  std::vector<Scalar<T>> high(batch.splits * features);
+  for (size_t i = 0; i < high.size(); i++) high[i] = layer.mean(i / features, i % features);
+  const auto totals = sum_all<true>(batch, dy, x, high.data());
+  for (int64_t split = 0; split < batch.splits; split++)
+    for (int64_t c = 0; c < features; c++) {
+      const int64_t i = 2 * split * features + c;
+      const double rest = high[split * features + c] - layer.mean(split, c);
+      out[i] = totals[i];
+      out[i + features] = (totals[i + features] + rest * totals[i]) * layer.invstd(split, c);
+    }
 }
 
 template <class T>
-void fill_gradient(const Batch& batch, const Layer& layer, const T* dy, const T* x,
-                   const double* packed, const Scalar<T>* sums, T* dx) {
+void fill_gradient(const Batch& batch, const Layer<T>& layer, const T* dy, const T* x,
+                   const Scalar<T>* sums, T* dx) {
   using A = Scalar<T>;
-  const int64_t features = batch.features;
-  Map<A> map(batch.splits * features * batch.fold());
-  for (int64_t i = 0; i < batch.splits * features; i++) {
-    const int64_t split = i / features, c = i % features;
-    const double mean = pointer<double>(layer.mean)[i], var = pointer<double>(layer.var)[i];
-    const double count = std::max(packed[(split + 1) * (2 * features + 1) - 1], 1.0);
-    const A* sum = sums + 2 * features * split + c;
-    const double scale = layer.weight<A>(split, c) / std::sqrt(var + layer.eps);
-    const double slope = -scale / (var + layer.eps) * (sum[features] / count);
-    const A near = mean, offset = (near - mean) * slope - scale * (sum[0] / count);
-    map.set(batch, split, c, {near, A(slope), offset, A(scale)});
-  }
-  apply<true>(batch, map, dy, x, dx);
+  map_all<true>(batch, dy, x, dx, [&](int64_t split, int64_t c) {
+    const A* sum = sums + 2 * batch.features * split + c;
+    const double mean = layer.mean(split, c), invstd = layer.invstd(split, c);
+    const double count = layer.count(split), scale = layer.weight(split, c) * invstd;
+    const double slope = -scale * invstd * (sum[batch.features] / count);
+    const A high = mean;
+    const double offset = (high - mean) * slope - scale * (sum[0] / count);
+    return Line<A>{high, A(slope), A(offset), A(scale)};
+  });
+}
+
+PyObject* sums(PyObject*, PyObject* args) {
+  PyObject *x_, *splits, *out;
+  long long num_splits, threads;
+  if (!PyArg_ParseTuple(args, "OOLLO", &x_, &splits, &num_splits, &threads, &out)) return nullptr;
+  return guarded([&] {
+    const Tensor x(x_, "x");
+    const OwnedBatch batch(x, splits, num_splits, threads);
+    const Tensor sums = checked(out, "sums", FLOAT64, {num_splits, 2 * batch.features + 1});
+    run(batch.type, [&](auto element) {
+      using T = decltype(element);
+      fill_sums<T>(batch, x.pointer<T>(), nullptr, sums.pointer<double>());
+    });
+  });
 }
 
 PyObject* moments(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Py_ssize_t x, packed;
-  if (!PyArg_ParseTuple(args, "CO&nn", &type, read_batch, &batch, &x, &packed)) return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
-    fill_moments(batch, pointer<T>(x), pointer<double>(packed));
+  PyObject *sums_, *out;
+  if (!PyArg_ParseTuple(args, "OO", &sums_, &out)) return nullptr;
+  return guarded([&] {
+    const Integers shape = Tensor(sums_, "sums").shape;
+    require(shape.size() == 2, PyExc_RuntimeError, "sums must be [S, 2C + 1]");
+    const Tensor sums = checked(sums_, "sums", FLOAT64, shape);
+    const Tensor moments = checked(out, "moments", FLOAT64, shape);
+    fill_moments(shape[0], shape[1] / 2, sums.pointer<double>(), moments.pointer<double>());
   });
 }
 
+template <bool LOCAL>
 PyObject* normalize(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Layer layer;
-  Py_ssize_t x, y;
-  if (!PyArg_ParseTuple(args, "CO&nnnnO&O&d", &type, read_batch, &batch, &x, &y, &layer.mean,
-                        &layer.var, read_addresses, &layer.weights, read_addresses, &layer.biases,
-                        &layer.eps))
+  PyObject *x_, *splits, *moments_, *weights_, *biases_, *out;
+  long long num_splits, threads;
+  double eps;
+  if (!PyArg_ParseTuple(args, "OOLLOOOdO", &x_, &splits, &num_splits, &threads, &moments_, &weights_,
+                        &biases_, &eps, &out))
     return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
-    fill_output(batch, layer, pointer<T>(x), pointer<T>(y));
-  });
-}
-
-PyObject* grad_sums(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Py_ssize_t dy, x, mean, sums;
-  if (!PyArg_ParseTuple(args, "CO&nnnn", &type, read_batch, &batch, &dy, &x, &mean, &sums))
-    return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
-    fill_sums(batch, pointer<T>(dy), pointer<T>(x), pointer<double>(mean),
-              pointer<Scalar<T>>(sums));
-  });
-}
-
-PyObject* grad_input(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Layer layer;
-  Py_ssize_t dy, x, dx, packed, sums;
-  if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx,
-                        &layer.mean, &layer.var, &packed, &sums, read_addresses, &layer.weights,
-                        &layer.eps))
-    return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
-    fill_gradient(batch, layer, pointer<T>(dy), pointer<T>(x), pointer<double>(packed),
-                  pointer<Scalar<T>>(sums), pointer<T>(dx));
-  });
-}
-
-// moments and normalize, with the statistics between them.
-PyObject* alone(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Layer layer;
-  Py_ssize_t x, y, packed;
-  if (!PyArg_ParseTuple(args, "CO&nnnnnO&O&d", &type, read_batch, &batch, &x, &y, &packed,
-                        &layer.mean, &layer.var, read_addresses, &layer.weights, read_addresses,
-                        &layer.biases, &layer.eps))
-    return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
+  return guarded([&] {
+    const Tensor x(x_, "x");
+    const OwnedBatch batch(x, splits, num_splits, threads);
     const int64_t features = batch.features;
-    fill_moments(batch, pointer<T>(x), pointer<double>(packed));
-    for (int64_t i = 0; i < batch.splits * features; i++) {
-      const double* row = pointer<double>(packed) + i / features * (2 * features + 1);
-      const double count = std::max(row[2 * features], 1.0), mean = row[i % features] / count;
-      pointer<double>(layer.mean)[i] = mean;
-      const double square = row[features + i % features] / count - mean * mean;
-      // A NaN stays one.
-      pointer<double>(layer.var)[i] = square < 0 ? 0 : square;
-    }
-    fill_output(batch, layer, pointer<T>(x), pointer<T>(y));
+    const Type wide = batch.accumulation_type();
+    const Tensor y = batch.like(x, out, "y");
+    const Tensor moments = checked(moments_, "moments", FLOAT64, {num_splits, 2 * features + 1});
+    const Integers weights = addresses(weights_, "weight", wide, {features}, num_splits);
+    const Integers biases = addresses(biases_, "bias", wide, {features}, num_splits);
+    run(batch.type, [&](auto element) {
+      using T = decltype(element);
+      const Layer<T> layer{features, moments.pointer<double>(), weights, biases, eps};
+      if (LOCAL) fill_local_moments(batch, x.pointer<T>(), moments.pointer<double>());
+      fill_output(batch, layer, x.pointer<T>(), y.pointer<T>());
+    });
   });
 }
 
-// grad_sums and grad_input, and the gradients of weights and biases, [2, S, C].
-PyObject* grad_alone(PyObject*, PyObject* args) {
-  int type;
-  Batch batch;
-  Layer layer;
-  Py_ssize_t dy, x, dx, packed, grads;
-  if (!PyArg_ParseTuple(args, "CO&nnnnnnnO&d", &type, read_batch, &batch, &dy, &x, &dx,
-                        &layer.mean, &layer.var, &packed, &grads, read_addresses, &layer.weights,
-                        &layer.eps))
+// Which of the two ways of the gradient: sums, the gradient of x by sums, or both.
+enum Gradient { SUMS, INPUT, BOTH };
+
+template <Gradient WANTED>
+PyObject* gradient(PyObject*, PyObject* args) {
+  PyObject *dy_, *x_, *splits, *moments_, *weights_, *sums_, *out;
+  long long num_splits, threads;
+  double eps;
+  if (!PyArg_ParseTuple(args, "OOOLLOOdOO", &dy_, &x_, &splits, &num_splits, &threads, &moments_,
+                        &weights_, &eps, &sums_, &out))
     return nullptr;
-  return unlocked(type, [&](auto element) {
-    using T = decltype(element);
-    const int64_t features = batch.features, size = batch.splits * features;
-    std::vector<Scalar<T>> sums(2 * size);
-    fill_sums(batch, pointer<T>(dy), pointer<T>(x), pointer<double>(layer.mean), sums.data());
-    Scalar<T>* to = pointer<Scalar<T>>(grads);
-    for (int64_t i = 0; i < size; i++) {
-      const int64_t plain = i + i / features * features;
-      to[i] = sums[plain + features] / std::sqrt(pointer<double>(layer.var)[i] + layer.eps);
-      to[size + i] = sums[plain];
-    }
-    fill_gradient(batch, layer, pointer<T>(dy), pointer<T>(x), pointer<double>(packed),
-                  sums.data(), pointer<T>(dx));
+  return guarded([&] {
+    const Tensor x(x_, "x");
+    const OwnedBatch batch(x, splits, num_splits, threads);
+    const int64_t features = batch.features;
+    const Type wide = batch.accumulation_type();
+    const Tensor dy = batch.like(x, dy_, "dy"), dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
+    const Tensor moments = checked(moments_, "moments", FLOAT64, {num_splits, 2 * features + 1});
+    const Tensor sums = checked(sums_, "sums", wide, {num_splits, 2 * features});
+    const Integers weights = addresses(weights_, "weight", wide, {features}, num_splits);
+    run(batch.type, [&](auto element) {
+      using T = decltype(element);
+      const Layer<T> layer{features, moments.pointer<double>(), weights, weights, eps};
+      Scalar<T>* numbers = sums.pointer<Scalar<T>>();
+      if (WANTED != INPUT) fill_grad_sums(batch, layer, dy.pointer<T>(), x.pointer<T>(), numbers);
+      if (WANTED != SUMS)
+        fill_gradient(batch, layer, dy.pointer<T>(), x.pointer<T>(), numbers, dx.pointer<T>());
+    });
   });
 }
 
-// Moves running statistics, [C] each, by those of a batch, where a split has any.
-PyObject* follow(PyObject*, PyObject* args) {
-  int type;
-  int64_t features;
-  Py_ssize_t packed, mean, var;
-  std::vector<int64_t> means, vars, trackers;
+PyObject* update_running_stats(PyObject*, PyObject* args) {
+  PyObject *moments_, *means_, *vars_, *counters_;
   double momentum;
-  if (!PyArg_ParseTuple(args, "CLnnnO&O&O&d", &type, &features, &packed, &mean, &var,
-                        read_addresses, &means, read_addresses, &vars, read_addresses, &trackers,
-                        &momentum))
+  int cumulative;
+  if (!PyArg_ParseTuple(args, "OOOOdp", &moments_, &means_, &vars_, &counters_, &momentum,
+                        &cumulative))
     return nullptr;
-  return unlocked(type, [&](auto element) {
-    using A = Scalar<decltype(element)>;
-    for (size_t split = 0; split < means.size(); split++) {
-      const int64_t first = split * features;
-      const double count = pointer<double>(packed)[(split + 1) * (2 * features + 1) - 1];
-      A *of_mean = pointer<A>(means[split]), *of_var = pointer<A>(vars[split]);
-      if (count > 0) *pointer<int64_t>(trackers[split]) += 1;
-      for (int64_t c = 0; c < features && count > 0; c++)
-        of_mean[c] += momentum * (pointer<double>(mean)[first + c] - of_mean[c]);
-      // A single element has no variance.
-      for (int64_t c = 0; c < features && count > 1; c++) {
-        const double unbiased = pointer<double>(var)[first + c] * (count / (count - 1));
-        of_var[c] += momentum * (unbiased - of_var[c]);
+  return guarded([&] {
+    const Integers shape = Tensor(moments_, "moments").shape;
+    require(shape.size() == 2, PyExc_RuntimeError, "moments must be [S, 2C + 1]");
+    const Tensor moments = checked(moments_, "moments", FLOAT64, shape);
+    const int64_t splits = shape[0], features = shape[1] / 2;
+    const Type type = Tensor(Owned(PySequence_GetItem(means_, 0)).object, "running_mean").type;
+    require(type == FLOAT32 || type == FLOAT64, PyExc_TypeError,
+            "running_mean must be float32 or float64");
+    const Integers means = addresses(means_, "running_mean", type, {features}, splits);
+    const Integers vars = addresses(vars_, "running_var", type, {features}, splits);
+    const Integers counters = addresses(counters_, "num_batches_tracked", INT64, {}, splits);
+    run(type, [&](auto element) {
+      using A = Scalar<decltype(element)>;
+      const double* row = moments.pointer<double>();
+      for (int64_t split = 0; split < splits; split++, row += shape[1]) {
+        const double count = row[2 * features];
+        if (!(count > 0)) continue;
+        double step = momentum;
+        if (!counters.empty()) {
+          const int64_t batches = ++*reinterpret_cast<int64_t*>(counters[split]);
+          if (cumulative) step = 1.0 / batches;
+        }
+        A *mean = reinterpret_cast<A*>(means[split]), *var = reinterpret_cast<A*>(vars[split]);
+        for (int64_t c = 0; c < features; c++) mean[c] += step * (row[c] - mean[c]);
+        // A single element has no variance.
+        for (int64_t c = 0; c < features && count > 1; c++)
+          var[c] += step * (row[features + c] * (count / (count - 1)) - var[c]);
       }
-    }
+    });
   });
+}
+
+// Takes the types of torch that Type names, in its order.
+PyObject* set_types(PyObject*, PyObject* args) {
+  for (int i = 0; i < TYPES; i++) {
+    types[i] = PyTuple_GetItem(args, i);
+    if (!types[i]) return nullptr;
+    Py_INCREF(types[i]);
+  }
+  Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
+    {"set_types", set_types, METH_VARARGS, nullptr},
+    {"sums", sums, METH_VARARGS, nullptr},
     {"moments", moments, METH_VARARGS, nullptr},
-    {"normalize", normalize, METH_VARARGS, nullptr},
-    {"grad_sums", grad_sums, METH_VARARGS, nullptr},
-    {"grad_input", grad_input, METH_VARARGS, nullptr},
-    {"alone", alone, METH_VARARGS, nullptr},
-    {"grad_alone", grad_alone, METH_VARARGS, nullptr},
-    {"follow", follow, METH_VARARGS, nullptr},
+    {"normalize", normalize<false>, METH_VARARGS, nullptr},
+    {"normalize_batch", normalize<true>, METH_VARARGS, nullptr},
+    {"grad_sums", gradient<SUMS>, METH_VARARGS, nullptr},
+    {"grad_input", gradient<INPUT>, METH_VARARGS, nullptr},
+    {"grad_batch", gradient<BOTH>, METH_VARARGS, nullptr},
+    {"update_running_stats", update_running_stats, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -339,4 +388,7 @@ PyModuleDef module = {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+  for (int i = 0; i < NAMES; i++) names[i] = PyUnicode_InternFromString(SPELLED[i]);
+  return PyModule_Create(&module);
+}

@@ -1,25 +1,20 @@
-// Elements, 32 bytes of what they are computed with at once, by GCC's vector extension.
+// Vectors of GCC and clang, 32 bytes of what elements are computed with; for loops.cpp alone.
 
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
 #define X86
-// Before all else: templates are compiled where the file ends. cpu.py asks the processor.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #include <immintrin.h>
 #endif
 
-#include <cstdint>
-#include <cstring>
+#include "loops.h"
 
-using std::int64_t;
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
+namespace {
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Ints __attribute__((vector_size(32)));
@@ -29,44 +24,40 @@ template <class To, class From>
 inline To bits_of(const From& from) {
   To to;
   static_assert(sizeof to == sizeof from, "the same memory");
-  std::memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
-// What elements are computed with, and several of them in memory.
+// A vector of what elements are computed with, and the same elements in memory.
 template <class T>
 struct Type;
 
-// As they are.
 template <class S>
-struct Plain {
-  using Scalar = S;
+struct SameInMemory {
   typedef S Vector __attribute__((vector_size(32)));
   using Packed = Vector;
   static Vector unpack(Packed packed) { return packed; }
   static Packed pack(Vector vector) { return vector; }
 };
 
-// In half the memory.
-struct Halved {
-  using Scalar = float;
+struct HalfInMemory {
   using Vector = Floats;
   using Packed = Shorts;
 };
 
 template <>
-struct Type<float> : Plain<float> {};
+struct Type<float> : SameInMemory<float> {};
 template <>
-struct Type<double> : Plain<double> {};
+struct Type<double> : SameInMemory<double> {};
 
 template <>
-struct Type<Bfloat16> : Halved {
+struct Type<Bfloat16> : HalfInMemory {
   static Vector unpack(Packed packed) {
     return bits_of<Floats>(__builtin_convertvector(packed, Ints) << 16);
   }
   static Packed pack(Vector vector) {
     const Ints bits = bits_of<Ints>(vector);
-    // To the nearest, of two to the even one; a NaN stays one.
+    // Round to nearest even; a NaN stays one.
     const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Ints result = vector == vector ? rounded : (bits >> 16) | 64;
 #ifdef X86
@@ -80,7 +71,7 @@ struct Type<Bfloat16> : Halved {
 };
 
 template <>
-struct Type<Half> : Halved {
+struct Type<Half> : HalfInMemory {
 #ifdef X86
   static Vector unpack(Packed packed) { return _mm256_cvtph_ps(bits_of<__m128i>(packed)); }
   static Packed pack(Vector vector) { return bits_of<Packed>(_mm256_cvtps_ph(vector, 0)); }
@@ -96,13 +87,11 @@ struct Type<Half> : Halved {
 };
 
 template <class T>
-using Scalar = typename Type<T>::Scalar;
-template <class T>
 using Vector = typename Type<T>::Vector;
 template <class T>
 constexpr int64_t LANES = 32 / sizeof(Scalar<T>);
 
-// How many elements of a vector there are: all, or some.
+// How many elements of a vector there are.
 struct All {};
 struct Some {
   int64_t n;
@@ -119,16 +108,16 @@ inline void vectors(int64_t n, const Body& body) {
 template <class T>
 inline Vector<T> read(const T* from, All) {
   typename Type<T>::Packed packed;
-  std::memcpy(&packed, from, sizeof packed);
+  __builtin_memcpy(&packed, from, sizeof packed);
   return Type<T>::unpack(packed);
 }
 
-// Zero where there is nothing.
+// Zeros behind the last element.
 template <class T>
 inline Vector<T> read(const T* from, Some some) {
-  T there[LANES<T>] = {};
-  for (int64_t i = 0; i < some.n; i++) there[i] = from[i];
-  return read(there, All());
+  T padded[LANES<T>] = {};
+  for (int64_t i = 0; i < some.n; i++) padded[i] = from[i];
+  return read(padded, All());
 }
 
 inline float read(const float* from) { return *from; }
@@ -139,26 +128,28 @@ inline float read(const T* from) {
 }
 
 template <class T>
-inline Vector<T> everywhere(Scalar<T> value) {
+inline Vector<T> broadcast(Scalar<T> value) {
   return value - Vector<T>{};
 }
 
-// Writes past the cache if PAST: then `to` is aligned to what is written.
-template <bool PAST, class T>
+// With STREAM it is written past the cache, and `to` is aligned to what is written.
+template <bool STREAM, class T>
 inline void write(Vector<T> vector, T* to, All) {
   const auto packed = Type<T>::pack(vector);
 #ifdef X86
-  if constexpr (PAST && sizeof packed == 32)
+  if constexpr (STREAM && sizeof packed == 32)
     return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_of<__m256i>(packed));
-  else if constexpr (PAST)
+  else if constexpr (STREAM)
     return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_of<__m128i>(packed));
 #endif
-  std::memcpy(to, &packed, sizeof packed);
+  __builtin_memcpy(to, &packed, sizeof packed);
 }
 
-template <bool PAST, class T>
+template <bool STREAM, class T>
 inline void write(Vector<T> vector, T* to, Some some) {
-  T there[LANES<T>];
-  write<false>(vector, there, All());
-  for (int64_t i = 0; i < some.n; i++) to[i] = there[i];
+  T padded[LANES<T>];
+  write<false>(vector, padded, All());
+  for (int64_t i = 0; i < some.n; i++) to[i] = padded[i];
 }
+
+}  // namespace
