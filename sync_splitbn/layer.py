@@ -37,7 +37,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
 
     Args:
         num_features: channels C of the input [N, C, ...].
-        eps: added to the variance, input units squared.
+        eps: added to the variance, input units squared, positive.
         momentum: fraction by which an update moves the running statistics; None averages all
             updates evenly.
         affine: learn a scale and an offset per channel and split.
@@ -61,12 +61,14 @@ class SyncSplitBatchNorm(SplitState, Assignable):
     Numerics:
         As `sync_split_batch_norm`. A split that is empty on all ranks keeps its running
         statistics and its counter, one with a single element its `running_var`. The running
-        variance is the unbiased one of the whole split. All ranks hold the same bits.
+        variance is the unbiased one of the whole split. All ranks of a process group hold the same
+        bits.
 
     Communication:
         In training, forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one of
-        2 * S * C in float32 (float64 for float64 input), without waiting on the host. None in
-        evaluation or in a group of one. Every rank must run the same layers in the same order.
+        2 * S * C in float32 (float64 for float64 input), without waiting on the host; a backward
+        pass with `create_graph=True` sends one more. None in evaluation or in a group of one. Every
+        rank must run the same layers in the same order.
 
     State dict:
         timm's `SplitBatchNorm2d`: split 0 is `weight`, `bias`, `running_mean`, `running_var` and
@@ -95,7 +97,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         return self._evaluate(input)
 
     def _normalize_batch(self, input: Tensor) -> Tensor:
-        """Normalize by batch statistics, and let the running ones follow."""
+        """Normalize by batch statistics, and update the running ones."""
         assignment = self._assignment
         sizes, index = None, None
         if assignment is not None:

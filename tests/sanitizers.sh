@@ -7,8 +7,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+# From a copy: setuptools would leave its objects in build/, for the next installation to take.
+mkdir "$work/source"
+cp -r pyproject.toml README.md LICENSE sync_splitbn "$work/source"
+rm -f "$work"/source/sync_splitbn/_kernels/*.so
 CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" \
-    pip install --quiet --no-deps --no-cache-dir --target "$work" .
+    pip install --quiet --no-deps --no-cache-dir --target "$work" "$work/source"
 
 library() { gcc -print-file-name="$1"; }
 # ASan must come first, and finds the exceptions of libstdc++ only if it is loaded too.

@@ -1,16 +1,15 @@
+# ruff: noqa: N803 - constexpr parameters are upper case, as everywhere in Triton
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
 import importlib.util
 import os
-import subprocess
 import sys
 
 import oracle
 import pytest
 import torch
-
-from sync_splitbn._kernels import aten
-from sync_splitbn._moments import Affine, Moments
+from ranks import Collectives, run_ranks
+from torch.utils.checkpoint import checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -23,7 +22,15 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 
-from sync_splitbn._kernels import triton as kernels  # noqa: E402 - after the interpreter is chosen
+import sync_splitbn._kernels  # noqa: E402 - after the interpreter is chosen
+from sync_splitbn import SyncSplitBatchNorm, assign_splits, sync_split_batch_norm  # noqa: E402
+from sync_splitbn._kernels import aten, triton_jit  # noqa: E402
+from sync_splitbn._kernels import triton as kernels  # noqa: E402
+from sync_splitbn._moments import (  # noqa: E402
+    Affine,
+    Moments,
+    RunningStats,
+)
 
 # The interpreter of Triton 3.6 takes scalars from arrays as NumPy will no longer allow.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -51,10 +58,7 @@ SPLITS = {
     "index": torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 1, 1]),
     "index without 1": torch.tensor([2, 0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 2]),
 }
-LAYOUTS_AND_SPLITS = [
-    pytest.param(False, "uneven", id="channels first, sizes"),
-    pytest.param(True, "index", id="channels last, index"),
-]
+LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 # Of the largest value: rounding of the type, some times over.
 CLOSE = {
     torch.float64: 1e-12,
@@ -66,7 +70,7 @@ CLOSE = {
 
 @pytest.fixture(autouse=True)
 def several_tiles_a_program(monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    monkeypatch.setattr(kernels, "_num_programs", lambda device: 4)
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +101,11 @@ def batch(shape, dtype=torch.float32, last=False, mean=1.0):
     return (features_last(x), features_last(dy)) if last else (x, dy)
 
 
-def affine_of(features, dtype=torch.float32, num_splits=3, relu=False):
+def affine_of(features, dtype=torch.float32, num_splits=3):
     generator = torch.Generator().manual_seed(1)
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = torch.rand(2, num_splits, features, generator=generator).to(DEVICE, wide)
-    return Affine(weight + 0.5, bias - 0.5, 1e-3, relu)
+    return Affine([*weight + 0.5], [*bias - 0.5], 1e-3)
 
 
 def splits_of(name):
@@ -118,45 +122,58 @@ def assert_near(value, truth, tolerance=None, size=1.0):
         assert worst < (tolerance or CLOSE[value.dtype]), worst.item()
 
 
-def all_four(kernels, x, dy, splits, affine, of_all=None, sums=None):
-    """Return what the four functions return, the last three for given moments and sums."""
-    packed = kernels.moments(x, splits, 3)
-    of_all = of_all or Moments(packed)
-    y = kernels.normalize(x, splits, of_all, affine)
-    local = kernels.grad_sums(dy, x, splits, of_all, affine)
-    return (
-        packed,
-        y,
-        local,
-        kernels.grad_input(dy, x, splits, of_all, affine, local if sums is None else sums),
+def run_all(kernels, x, dy, splits, affine, moments=None, sums=None, num_splits=3):
+    """Return sums, moments, y, sums of dy, dx, the latter three for given moments and sums."""
+    found = kernels.sums(x, splits, num_splits)
+    own = kernels.moments(found)
+    moments = moments or own
+    y = kernels.normalize(x, splits, moments, affine)
+    local = kernels.grad_sums(dy, x, splits, moments, affine)
+    dx = kernels.grad_input(dy, x, splits, moments, affine, local if sums is None else sums)
+    return found, own.values, y, local, dx
+
+
+def run_alone(kernels, x, dy, splits, affine, num_splits=3):
+    """Return moments, y, sums of dy and dx of a rank without others."""
+    y, moments = kernels.normalize_batch(x, splits, num_splits, affine)
+    dx, local = kernels.grad_batch(dy, x, splits, moments, affine)
+    return moments.values, y, local, dx
+
+
+def assert_as_aten(x, dy, splits, num_splits=3):
+    affine = affine_of(x.shape[1], x.dtype, num_splits)
+    truth = run_all(aten, x, dy, splits, affine, num_splits=num_splits)
+    ours = run_all(
+        kernels, x, dy, splits, affine, Moments(truth[1]), truth[3], num_splits=num_splits
     )
-
-
-def assert_as_aten(x, dy, splits):
-    affine = affine_of(x.shape[1], x.dtype)
-    truth = all_four(aten, x, dy, splits, affine)
-    ours = all_four(kernels, x, dy, splits, affine, Moments(truth[0]), truth[2])
     tight = 1e-12 if x.dtype == torch.float64 else 1e-6
-    for value, expected, tolerance in zip(ours, truth, (tight, None, None, None), strict=True):
+    tolerances = (tight, tight, None, None, None)
+    for value, expected, tolerance in zip(ours, truth, tolerances, strict=True):
+        assert_near(value, expected, tolerance)
+    alone = run_alone(kernels, x, dy, splits, affine, num_splits)
+    for value, expected, tolerance in zip(alone, truth[1:], tolerances[1:], strict=True):
         assert_near(value, expected, tolerance)
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        assert ours[1].stride() == ours[3].stride() == x.stride()
+        assert ours[2].stride() == ours[4].stride() == x.stride()
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("splits", ["uneven", "index"])
+@pytest.mark.parametrize(
+    ("splits", "last"),
+    [("uneven", False), ("index", False), ("equal", True), ("index", True)],
+    ids=["first, sizes", "first, index", "last, equal", "last, index"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_equal_aten_in_every_shape(shape, splits, last):
     assert_as_aten(*batch(shape, last=last and len(shape) > 2), splits_of(splits))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("splits", SPLITS)
-def test_kernels_equal_aten_for_all_splits(splits, last):
+@LAYOUTS
+@pytest.mark.parametrize("splits", ["two empty", "index without 1"])
+def test_kernels_equal_aten_where_splits_are_empty(splits, last):
     assert_as_aten(*batch((12, 5, 3, 4), last=last), splits_of(splits))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@LAYOUTS
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("shape", [(12, 24, 5, 4), (12, 7, 7, 7)], ids=str)
 def test_kernels_equal_aten_in_every_type(shape, dtype, last):
@@ -174,82 +191,106 @@ def test_inputs_of_any_strides_are_taken(how):
     assert_as_aten(x, batch(x.shape)[1], (5, 0, 7))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@LAYOUTS
 def test_gradient_in_another_layout_gives_the_same_bits(last):
     x, dy = batch((12, 5, 3, 4), last=last)
     other = dy.contiguous() if last else features_last(dy)
     expanded = dy[:, :, :1, :1].expand(dy.shape)
     affine = affine_of(5)
     for a, b in ((dy, other), (expanded, expanded.contiguous())):
-        ours, theirs = (all_four(kernels, x, g, (5, 0, 7), affine) for g in (a, b))
+        ours, theirs = (run_all(kernels, x, g, (5, 0, 7), affine) for g in (a, b))
         assert all(s.equal(t) for s, t in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("last", "splits"), LAYOUTS_AND_SPLITS)
+@pytest.mark.parametrize(
+    ("last", "splits"), [(False, "uneven"), (True, "index")], ids=["first, sizes", "last, index"]
+)
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_forward_and_backward_equal_the_definition(dtype, last, splits):
     x, dy = batch((12, 5, 3, 7), dtype, last)
-    splits = splits_of(splits)
-    affine = affine_of(5, dtype)
-    packed, y, sums, dx = (t.cpu() for t in all_four(kernels, x, dy, splits, affine))
+    splits, affine = splits_of(splits), affine_of(5, dtype)
+    _, values, y, sums, dx = (t.cpu() for t in run_all(kernels, x, dy, splits, affine))
     state = oracle.State.initial(1, 3, 5)
-    state.weight = affine.weight.double().cpu().unsqueeze(0).requires_grad_()
-    state.bias = affine.bias.double().cpu().unsqueeze(0).requires_grad_()
+    state.weight, state.bias = (
+        torch.stack(p).double().cpu().unsqueeze(0).requires_grad_() for p in affine[:2]
+    )
     wide, upstream = x.double().cpu().requires_grad_(), dy.double().cpu()
-    ids = splits.cpu() if isinstance(splits, torch.Tensor) else torch.arange(3)
-    if not isinstance(splits, torch.Tensor):
-        ids = ids.repeat_interleave(torch.tensor(splits))
+    if isinstance(splits, torch.Tensor):
+        ids = splits.cpu()
+    else:
+        ids = torch.arange(3).repeat_interleave(torch.tensor(splits))
     truth = oracle.forward(wide, ids, torch.zeros_like(ids), state, eps=affine.eps)
     truth.backward(upstream)
-    sum_dy, sum_dy_xmu = sums.chunk(2, dim=1)
+    dbias, dweight = sums.chunk(2, dim=1)
     assert_near(y, truth.detach().to(dtype))
     assert_near(dx, wide.grad.to(dtype))
-    assert_near(sum_dy, state.bias.grad[0].to(sums.dtype))
-    dweight = sum_dy_xmu * Moments(packed).invstd(affine.eps)
-    assert_near(dweight.to(sums.dtype), state.weight.grad[0].to(sums.dtype))
-    assert_near(0.1 * Moments(packed).mean, state.running_mean, CLOSE[sums.dtype])
-    unbiased = 0.9 + 0.1 * Moments(packed).unbiased_var
-    assert_near(unbiased, state.running_var, CLOSE[sums.dtype])
+    assert_near(dbias, state.bias.grad[0].to(sums.dtype))
+    assert_near(dweight, state.weight.grad[0].to(sums.dtype))
+    running = RunningStats([*torch.zeros(3, 5).double()], [*torch.ones(3, 5).double()], (), 0.1)
+    running = RunningStats(*([t.to(DEVICE) for t in kind] for kind in running[:3]), 0.1)
+    kernels.update_running_stats(running, Moments(values.to(DEVICE)))
+    assert_near(torch.stack(running.means).cpu(), state.running_mean, CLOSE[sums.dtype])
+    assert_near(torch.stack(running.vars).cpu(), state.running_var, CLOSE[sums.dtype])
 
 
-@pytest.mark.parametrize(("last", "splits"), LAYOUTS_AND_SPLITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_relu_is_applied_and_its_gradient_masked(dtype, last, splits):
-    x, dy = batch((12, 6, 5, 5), dtype, last)
-    plain, rectified = (affine_of(6, dtype, relu=relu) for relu in (False, True))
-    splits = splits_of(splits)
-    moments = Moments(aten.moments(x, splits, 3))
-    output = aten.normalize(x.float(), splits, moments, plain)
-    masked = torch.where(output > 0, dy, 0)
-    truth = all_four(aten, x, masked, splits, plain, moments)
-    ours = all_four(kernels, x, dy, splits, rectified, moments, truth[2])
-    assert (output > 0).any(dim=(0, 2, 3)).all()
-    assert (output < 0).any(dim=(0, 2, 3)).all()
-    assert_near(ours[1], truth[1].relu())
-    assert_near(ours[2], truth[2])
-    assert_near(ours[3], truth[3])
-
-
+@LAYOUTS
 @pytest.mark.parametrize("splits", ["uneven", "index"])
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 def test_kernels_hold_far_from_the_origin(last, splits):
     """The mean is 1e4 standard deviations: E[x^2] - E[x]^2 in float32 is off by 23 variances."""
     x, dy = batch((12, 5, 7, 7), last=last, mean=2e4)
     splits, affine = splits_of(splits), affine_of(5)
-    packed, y, _, dx = all_four(kernels, x, dy, splits, affine)
-    truth = all_four(aten, x.double(), dy.double(), splits, affine)
-    var, exact = Moments(packed).var, Moments(truth[0]).var
+    _, values, y, _, dx = run_all(kernels, x, dy, splits, affine)
+    truth = run_all(aten, x.double(), dy.double(), splits, affine)
+    var, exact = Moments(values).var, Moments(truth[1]).var
     assert ((var - exact).abs() / exact).max() < 1e-6
-    assert_near(y, truth[1].float(), 1e-5)
-    assert_near(dx, truth[3].float(), 1e-5)
+    assert_near(y, truth[2].float(), 1e-5)
+    assert_near(dx, truth[4].float(), 1e-5)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@LAYOUTS
+def test_variance_of_float64_on_one_rank_is_taken_about_the_mean(last):
+    """At mean/std of 1e7, squares about 0 are 1e14 variances, of which float64 has 16 digits."""
+    x, _ = batch((12, 5, 7, 7), torch.float64, last, mean=2e7)
+    exact = (x - 2e7).flatten(2).unflatten(0, (3, 4)).movedim(2, 1).flatten(2).var(2, correction=0)
+    _, moments = kernels.normalize_batch(x, (4, 4, 4), 3, Affine(None, None, 1e-5))
+    assert ((moments.var - exact).abs() / exact).max() < 1e-13
+
+
+@LAYOUTS
+@pytest.mark.parametrize("outlier", [1e3, 1e4])
+@pytest.mark.parametrize("shape", [(24, 5, 40, 40), (96, 64, 2), (240, 130)], ids=str)
+def test_outlier_in_the_corner_of_every_tile_does_not_cost_the_variance(shape, outlier, last):
+    """Sums about an outlier are large, and what is left of them has few digits."""
+    x, _ = batch(shape, last=last and len(shape) > 2)
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    last = not x.is_contiguous() or flat.shape[2] == 1
+    config = kernels._plan((*shape[:2], flat.shape[2]), (len(x),), 1, x.dtype, last, 4, 2, 3)[2]
+    x = x.clone(memory_format=torch.preserve_format)
+    rows = x.movedim(1, -1).reshape(-1, shape[1]) if last else x.view(len(x), shape[1], -1)
+    corners = rows[:: config.block_p] if last else rows[:, :, :: config.block_p]
+    corners += 2 * outlier
+    if last:
+        x = rows.view(x.movedim(1, -1).shape).movedim(-1, 1)
+    var = kernels.moments(kernels.sums(x, (len(x),), 1)).var
+    exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    assert ((var - exact).abs() / exact).max() < 1e-6
+
+
+@LAYOUTS
+def test_single_outlier_where_a_program_begins_does_not_cost_the_variance(last):
+    x, _ = batch((24, 5, 40, 40), last=last)
+    x[0, :, 0, 0] += 2e3
+    var = kernels.moments(kernels.sums(x, (24,), 1)).var
+    exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    assert ((var - exact).abs() / exact).max() < 1e-6
+
+
+@LAYOUTS
 def test_splits_far_from_each_other_are_shifted_by_their_own_rows(last):
     x, _ = batch((12, 5, 7, 7), last=last)
     x += 2e4 * (SPLITS["index"] == 1).to(DEVICE).view(12, 1, 1, 1)
-    packed, truth = (Moments(k.moments(x, splits_of("index"), 3)) for k in (kernels, aten))
-    assert ((packed.var - truth.var).abs() / truth.var).max() < 1e-6
+    ours, truth = (k.moments(k.sums(x, splits_of("index"), 3)) for k in (kernels, aten))
+    assert ((ours.var - truth.var).abs() / truth.var).max() < 1e-6
 
 
 def test_mean_that_the_type_cannot_hold_is_not_rounded():
@@ -259,9 +300,9 @@ def test_mean_that_the_type_cannot_hold_is_not_rounded():
     x[0] += 2
     _, dy = batch(x.shape)
     affine = affine_of(3, num_splits=1)
-    truth = all_four(aten, x.double(), dy.double(), (8,), affine)
-    ours = all_four(kernels, x, dy, (8,), affine, Moments(truth[0]), truth[2].float())
-    for value, expected in zip(ours[1:], truth[1:], strict=True):
+    truth = run_all(aten, x.double(), dy.double(), (8,), affine, num_splits=1)
+    ours = run_all(kernels, x, dy, (8,), affine, Moments(truth[1]), truth[3].float(), 1)
+    for value, expected in zip(ours[2:], truth[2:], strict=True):
         assert_near(value, expected.float(), 2e-6)
 
 
@@ -269,26 +310,28 @@ def test_constant_far_away_has_no_negative_variance():
     """Rounding of E[x^2] - E[x]^2 may fall on either side of 0."""
     values = torch.linspace(1e5, 2e5, 40, dtype=torch.float64, device=DEVICE)
     x = values.view(1, 40, 1).expand(7, 40, 3).contiguous()
-    moments = Moments(kernels.moments(x, (7,), 1))
-    mean, square = moments.packed[:, :-1].div(21).chunk(2, dim=1)
+    sums = kernels.sums(x, (7,), 1)
+    mean, square = sums[:, :-1].div(21).chunk(2, dim=1)
     assert (square < mean.square()).any(), "a test without a negative variance is none"
-    y = kernels.normalize(x, (7,), moments, Affine(None, None, 1e-12))
-    assert not y.isnan().any()
+    assert (kernels.moments(sums).var >= 0).all()
 
 
-def test_nan_stays_in_its_split():
+def test_nan_stays_in_its_split_and_channel():
     for splits in ((2, 2, 0), torch.tensor([1, 0, 1, 0], device=DEVICE)):
         x, dy = batch((4, 3, 9))
         x[0, 1, 0] = float("nan")
-        sick = 0 if isinstance(splits, tuple) else 1
-        affine = affine_of(3, relu=True)
-        packed, y, sums, dx = all_four(kernels, x, dy, splits, affine)
-        assert packed[sick, 1].isnan()
-        assert packed.isnan().sum() == 2
-        assert sums.isnan().sum() == 1
-        for result in (y, dx):
-            assert result.isnan().sum() == 18
-            assert result[:2, 1].isnan().all() if sick == 0 else result[::2, 1].isnan().all()
+        rows = slice(0, 2) if isinstance(splits, tuple) else slice(0, 4, 2)
+        split = 0 if isinstance(splits, tuple) else 1
+        for values, y, sums, dx in (
+            run_all(kernels, x, dy, splits, affine_of(3))[1:],
+            run_alone(kernels, x, dy, splits, affine_of(3)),
+        ):
+            assert values[split, [1, 4]].isnan().all()
+            assert values.isnan().sum() == 2
+            assert sums.isnan().sum() == 1
+            for result in (y, dx):
+                assert result.isnan().sum() == 18
+                assert result[rows, 1].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0)], ids=str)
@@ -296,24 +339,28 @@ def test_empty_tensors_are_taken(shape):
     x = torch.zeros(shape, device=DEVICE)
     n = shape[0] // 3
     for splits in ((n, n, n), torch.arange(shape[0], device=DEVICE) % 3):
-        packed, y, sums, dx = all_four(kernels, x, x, splits, Affine(None, None, 1e-5))
-        assert packed.equal(torch.zeros(3, 7, dtype=torch.float64, device=DEVICE))
-        assert sums.equal(torch.zeros(3, 6, device=DEVICE))
+        none = Affine(None, None, 1e-5)
+        sums, values, y, local, dx = run_all(kernels, x, x, splits, none)
+        assert sums.equal(torch.zeros(3, 7, dtype=torch.float64, device=DEVICE))
+        assert values.equal(sums)
+        assert local.equal(torch.zeros(3, 6, device=DEVICE))
         assert y.shape == dx.shape == shape
+        assert run_alone(kernels, x, x, splits, none)[0].equal(values)
 
 
-def test_parameters_may_be_shared_or_strided_or_missing():
+def test_parameters_may_be_shared_or_strided_or_missing_or_of_mixed_types():
     x, dy = batch((12, 5, 7))
     one, wide = affine_of(5, num_splits=1), affine_of(10)
     for affine in (
-        Affine(one.weight.expand(3, 5), one.bias.expand(3, 5), one.eps),
-        Affine(wide.weight[:, ::2], wide.bias[:, 5:], 1e-3),
-        Affine(one.weight.expand(3, 5), None, 1e-3),
+        Affine(one.weights * 3, one.biases * 3, one.eps),
+        Affine([w[::2] for w in wide.weights], [b[5:] for b in wide.biases], 1e-3),
+        Affine([one.weights[0], *(w[:5].double() for w in wide.weights[1:])], None, 1e-3),
+        Affine(None, one.biases * 3, 1e-3),
         Affine(None, None, 0.5),
     ):
-        truth = all_four(aten, x, dy, (5, 0, 7), affine)
-        ours = all_four(kernels, x, dy, (5, 0, 7), affine)
-        for value, expected in zip(ours[1:], truth[1:], strict=True):
+        truth = run_all(aten, x, dy, (5, 0, 7), affine)
+        ours = run_all(kernels, x, dy, (5, 0, 7), affine)
+        for value, expected in zip(ours[2:], truth[2:], strict=True):
             assert_near(value, expected)
 
 
@@ -323,83 +370,272 @@ def test_index_may_be_strided():
     assert_as_aten(*batch((12, 5, 7)), strided)
 
 
-@pytest.mark.parametrize("how", ["sizes", "index"])
-def test_splits_beyond_one_launch_are_taken(how, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLITS_PER_LAUNCH", 2)
-    kernels._plan.cache_clear()
-    x, dy = batch((12, 5, 7))
-    sizes = (2, 0, 5, 1, 4)
-    ids = torch.arange(5).repeat_interleave(torch.tensor(sizes)).flip(0).to(DEVICE)
-    splits = sizes if how == "sizes" else ids
-    affine = affine_of(5, num_splits=5)
-    packed, expected = (k.moments(x, splits, 5) for k in (kernels, aten))
-    assert_near(packed, expected, 1e-6)
-    moments = Moments(expected)
-    truth = aten.grad_sums(dy, x, splits, moments, affine)
-    assert_near(kernels.grad_sums(dy, x, splits, moments, affine), truth)
-    y, dx = (
-        (
-            k.normalize(x, splits, moments, affine),
-            k.grad_input(dy, x, splits, moments, affine, truth),
-        )
-        for k in (kernels, aten)
-    )
-    for value, exact in zip(y, dx, strict=True):
-        assert_near(value, exact)
-    kernels._plan.cache_clear()
+@LAYOUTS
+@pytest.mark.parametrize("how", ["equal", "sizes", "index"])
+def test_splits_beyond_a_kernels_arguments_are_taken(how, last, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_SIZES", 4)
+    monkeypatch.setattr(kernels, "MAX_POINTERS", 4)
+    sizes = (2, 0, 5, 1, 0, 4)
+    x, dy = batch((12, 5, 7), last=last)
+    ids = torch.arange(6).repeat_interleave(torch.tensor(sizes)).flip(0).to(DEVICE)
+    splits = {"equal": (2,) * 6, "sizes": sizes, "index": ids}[how]
+    assert_as_aten(x, dy, splits, num_splits=6)
+
+
+def test_hundreds_of_splits_are_taken():
+    sizes = tuple(2 if i % 50 == 7 else 0 for i in range(260))
+    x, _ = batch((sum(sizes), 3))
+    ours, truth = (k.sums(x, sizes, len(sizes)) for k in (kernels, aten))
+    assert_near(ours, truth, 1e-6)
 
 
 @pytest.mark.parametrize("splits", ["uneven", "index"])
 def test_same_call_gives_the_same_bits(splits):
     x, dy = batch((12, 5, 3, 7) if DEVICE == "cpu" else (12, 70, 99, 99))
     first, second = (
-        all_four(kernels, x, dy, splits_of(splits), affine_of(x.shape[1], relu=True))
-        for _ in range(2)
+        run_all(kernels, x, dy, splits_of(splits), affine_of(x.shape[1])) for _ in range(2)
     )
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("last", "indexed"), [(False, True), (True, True), (True, False)])
+def test_each_program_reads_only_the_rows_of_its_split(last, indexed):
+    """With NaN in all other rows, a split is what it is without them."""
+    x, _ = batch((12, 5, 7), last=last)
+    for split in range(3):
+        splits = splits_of("index" if indexed else "uneven")
+        ids = splits if indexed else torch.arange(3).repeat_interleave(torch.tensor(splits))
+        own = (ids.to(DEVICE) == split).view(12, 1, 1)
+        poisoned = torch.where(own, x, float("nan"))
+        sums, truth = kernels.sums(poisoned, splits, 3), kernels.sums(x, splits, 3)
+        assert sums[split].equal(truth[split])
+
+
 @triton.jit
-def offsets_kernel(out, t, numbers, constants):
-    """Store what tile `t` of program 0 addresses, [BP, BC]."""
-    work = kernels._work(numbers, constants)
-    offsets, _here, _owned = kernels._tile(t + tl.program_id(0), work, None, constants)
-    p, c = tl.arange(0, constants.bp)[:, None], tl.arange(0, constants.bc)[None, :]
-    tl.store(out + p * constants.bc + c, offsets)
+def offsets_kernel(out, t, schedule, CONFIG: tl.constexpr):
+    """Store what tile `t` addresses, [BP, BC]."""
+    _, _, _, _, place = triton_jit._work(schedule, None, CONFIG)
+    base, offsets, _inside, _count = triton_jit._tile(
+        t.to(CONFIG.index) + tl.program_id(0), place, None, CONFIG
+    )
+    p, c = tl.arange(0, CONFIG.block_p)[:, None], tl.arange(0, CONFIG.block_c)[None, :]
+    tl.store(out + p * CONFIG.block_c + c, base + offsets.to(tl.int64))
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("shape", [(7, 60_000, 40_000), (7, 40, 400_000_000)], ids=str)
+@LAYOUTS
+@pytest.mark.parametrize(
+    "shape", [(7, 60_000, 40_000), (7, 40, 400_000_000), (50_000, 70_000, 1)], ids=str
+)
 def test_offsets_pass_2_to_the_31(shape, last):
     rows, features, length = shape
-    constants, ((_, _, _, numbers),) = kernels._plan(
-        shape, (rows,), torch.float32, last, 8, (1e-5, False, 1, 1)
-    )
-    bp, bc = constants.bp.value, constants.bc.value
+    last = last or length == 1
+    _, schedule, config = kernels._plan(shape, (rows,), 1, torch.float32, last, 8, 1, 1)
+    bp, bc = config.block_p, config.block_c
     tiles = -(-rows * length // bp) if last else rows * -(-length // bp)
     offsets = torch.zeros(bp, bc, dtype=torch.int64, device=DEVICE)
-    offsets_kernel[(1,)](offsets, tiles - 1, numbers, constants)
+    offsets_kernel[(1,)](offsets, tiles - 1, schedule, config)
     begin = (tiles - 1) * bp % (-(-length // bp) * bp) if not last else (tiles - 1) * bp
     p, c = begin + torch.arange(bp).unsqueeze(1), torch.arange(bc)
     expected = p * features + c if last else ((rows - 1) * features + c) * length + p
     assert offsets.cpu().equal(expected)
-    assert offsets.min() > 2**33
+    assert offsets.min() > 2**31
 
 
-def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    x, affine = torch.zeros(3, 2), Affine(None, None, 1e-5)
-    moments = Moments(torch.zeros(3, 5, dtype=torch.float64))
-    for call in (
-        lambda: kernels.moments(x, (1, 1, 1), 3),
-        lambda: kernels.normalize(x, (1, 1, 1), moments, affine),
-        lambda: kernels.grad_sums(x, x, (1, 1, 1), moments, affine),
-        lambda: kernels.grad_input(x, x, (1, 1, 1), moments, affine, torch.zeros(3, 4)),
+def running_of(dtype, num_splits=3, features=5, momentum=0.1, strided=False):
+    generator = torch.Generator().manual_seed(2)
+    step = 2 if strided else 1
+    values = torch.rand(2, num_splits, step * features, generator=generator).to(DEVICE, dtype)
+    means, variances = ([row[::step] for row in half] for half in values)
+    counters = [torch.tensor(3 * i, device=DEVICE) for i in range(num_splits)]
+    return RunningStats(means, variances, counters, momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 0, 1, None])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("num_splits", [3, 20])
+def test_running_stats_follow_as_in_aten(num_splits, dtype, momentum):
+    values = torch.rand(num_splits, 11, dtype=torch.float64, device=DEVICE)
+    values[:, -1] = torch.tensor([0, 1, 7] * num_splits)[:num_splits]
+    ours, truth = (running_of(dtype, num_splits, momentum=momentum) for _ in range(2))
+    kernels.update_running_stats(ours, Moments(values))
+    aten.update_running_stats(truth, Moments(values))
+    # The interpreter cuts bfloat16 where a GPU rounds it.
+    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-7)
+    for kind, expected in zip(ours[:3], truth[:3], strict=True):
+        for a, b in zip(kind, expected, strict=True):
+            assert_near(a, b, tolerance if a.is_floating_point() else 0.5)
+
+
+def test_running_stats_of_an_empty_split_stay_and_one_element_moves_no_variance():
+    values = torch.full((3, 11), 0.5, dtype=torch.float64, device=DEVICE)
+    values[:, -1] = torch.tensor([0, 1, 2])
+    running, before = running_of(torch.float32), running_of(torch.float32)
+    kernels.update_running_stats(running, Moments(values))
+    moved = [
+        [not a.equal(b) for a, b in zip(kind, old, strict=True)]
+        for kind, old in zip(running[:3], before[:3], strict=True)
+    ]
+    assert moved == [[False, True, True], [False, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("momentum", [0.25, None])
+def test_running_stats_may_be_strided_or_mixed_and_counters_missing(momentum):
+    values = torch.rand(3, 11, dtype=torch.float64, device=DEVICE) + 2
+    for strided, mixed, counted in (
+        (True, False, True),
+        (False, True, True),
+        (False, False, False),
     ):
-        with pytest.raises(
-            RuntimeError, match="'triton' must be given a CUDA tensor, got device cpu;"
-        ):
-            call()
+        ours, truth = (running_of(torch.float32, momentum=momentum, strided=strided) for _ in "ab")
+        if mixed:
+            ours.means[1], truth.means[1] = ours.means[1].double(), truth.means[1].double()
+        if not counted:
+            ours, truth = ours._replace(counters=()), truth._replace(counters=())
+        kernels.update_running_stats(ours, Moments(values))
+        if momentum is None and not counted:
+            # As plain batch norm, which then averages nothing.
+            assert ours.means[0].equal(truth.means[0])
+            continue
+        aten.update_running_stats(truth, Moments(values))
+        for kind, expected in zip(ours[:3], truth[:3], strict=True):
+            for a, b in zip(kind, expected, strict=True):
+                assert_near(a, b, 1e-7)
+
+
+class Guarded:
+    """Tensors inside larger allocations; what lies around them must be neither read nor written."""
+
+    def __init__(self):
+        self.whole = []
+
+    def __call__(self, tensor, margin=64):
+        """Return a copy with the same strides, in the middle of poison."""
+        size = tensor.untyped_storage().nbytes() // tensor.itemsize
+        poison = float("nan") if tensor.is_floating_point() else 2**40
+        memory = torch.full((size + 2 * margin,), poison, dtype=tensor.dtype, device=DEVICE)
+        inner = memory[margin : margin + size].as_strided(tensor.shape, tensor.stride(), margin)
+        inner.copy_(tensor)
+        self.whole.append((memory, size, margin))
+        return inner
+
+    def assert_untouched(self):
+        for memory, size, margin in self.whole:
+            around = torch.cat([memory[:margin], memory[margin + size :]])
+            assert (around.isnan() if memory.is_floating_point() else around == 2**40).all()
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    [((12, 5, 3, 7), "uneven"), ((12, 5, 3, 7), "index"), ((12, 24, 4, 4), "equal")],
+    ids=["sizes", "index", "equal, aligned"],
+)
+def test_memory_around_all_tensors_is_neither_read_nor_written(shape, splits, last, monkeypatch):
+    x, dy = batch(shape, last=last)
+    affine, plain, features = affine_of(shape[1]), splits_of(splits), shape[1]
+    expected = run_all(kernels, x, dy, plain, affine)
+    guard = Guarded()
+    for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        empty = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, empty=empty, **k: guard(empty(*a, **k)))
+    x, dy = guard(x), guard(dy)
+    rows = guard(plain) if isinstance(plain, torch.Tensor) else plain
+    weights, biases = ([guard(p) for p in kind] for kind in affine[:2])
+    found = run_all(kernels, x, dy, rows, Affine(weights, biases, affine.eps))
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    alone = run_alone(kernels, x, dy, rows, Affine(weights, biases, affine.eps))
+    assert not any(result.isnan().any() for result in alone)
+    running = running_of(torch.float32, features=features)
+    running = RunningStats(*([guard(t) for t in kind] for kind in running[:3]), 0.1)
+    kernels.update_running_stats(running, Moments(found[1]))
+    assert not any(t.isnan().any() for kind in running[:2] for t in kind)
+    guard.assert_untouched()
+
+
+MISTAKES = {
+    "dy of another shape": ("dy must have shape", {"dy": (12, 5, 8)}),
+    "index of another length": ("index must have shape", {"splits": torch.zeros(11).long()}),
+    "sizes of another sum": (
+        "sizes must be those of 3 splits and sum to 12",
+        {"splits": (4, 4, 5)},
+    ),
+    "sizes below 0": ("sizes must be those of 3 splits", {"splits": (-1, 6, 7)}),
+    "sizes of other splits": ("sizes must be those of 3 splits", {"splits": (6, 6)}),
+    "weight of another length": ("weight must have shape", {"weight": (4,)}),
+    "weights of fewer splits": ("weight must be given for 3 splits", {"count": 2}),
+    "weight elsewhere": ("weight must be on the device", {"weight_device": "meta"}),
+    "dy elsewhere": ("dy must have shape", {"dy_device": "meta"}),
+    "moments of other features": ("moments must have shape", {"moments": (3, 9)}),
+    "sums of other features": ("sums must have shape", {"sums": (3, 12)}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_shapes_lengths_and_devices_are_refused(mistake):
+    message, wrong = MISTAKES[mistake]
+    x = torch.zeros(12, 5, 7, device=DEVICE)
+    dy = torch.zeros(wrong.get("dy", x.shape), device=wrong.get("dy_device", DEVICE))
+    device = wrong.get("weight_device", DEVICE)
+    weights = [torch.ones(wrong.get("weight", (5,)), device=device)] * wrong.get("count", 3)
+    moments = Moments(
+        torch.zeros(wrong.get("moments", (3, 11)), dtype=torch.float64, device=DEVICE)
+    )
+    sums = torch.zeros(wrong.get("sums", (3, 10)), device=DEVICE)
+    splits, affine = wrong.get("splits", (4, 4, 4)), Affine(weights, None, 1e-5)
+    splits = splits.to(DEVICE) if isinstance(splits, torch.Tensor) else splits
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        kernels.grad_input(dy, x, splits, moments, affine, sums)
+
+
+def test_wrong_running_stats_and_types_are_refused():
+    moments = Moments(torch.zeros(3, 11, dtype=torch.float64, device=DEVICE))
+    good = running_of(torch.float32)
+    for wrong, message in (
+        (good._replace(means=good.means[:2]), "running_mean must be given for 3 splits"),
+        (good._replace(vars=[v[:4] for v in good.vars]), "running_var must have shape"),
+        (good._replace(counters=[c.view(1) for c in good.counters]), "num_batches_tracked must"),
+        (good._replace(means=[m.to("meta") for m in good.means]), "running_mean must be on"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.update_running_stats(wrong, moments)
+    x = torch.zeros(12, 5, device=DEVICE)
+    with pytest.raises(TypeError, match="moments must be float64, got"):
+        kernels.normalize(x, (4, 4, 4), Moments(torch.zeros(3, 11, device=DEVICE)), affine_of(5))
+    with pytest.raises(RuntimeError, match="got no Triton kernels for"):
+        kernels.sums(x.to(torch.float8_e5m2), (4, 4, 4), 3)
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    kernels._unavailable.cache_clear()
+    yield
+    kernels._unavailable.cache_clear()
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter(compiled_kernels):
+    x = torch.zeros(3, 2)
+    assert kernels.unavailable(x) == "no Triton kernels for device cpu"
+    with pytest.raises(RuntimeError, match="impl='triton' must be able to serve the input, got no"):
+        kernels.sums(x, (1, 1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiler", "reason"),
+    [
+        ((7, 5), "gcc", "a GPU of compute capability below 8.0"),
+        ((8, 0), None, "no C compiler, which Triton needs to launch kernels; set CC"),
+        ((9, 0), "clang", None),
+    ],
+)
+def test_old_gpus_and_missing_compilers_are_told(
+    compiled_kernels, monkeypatch, capability, compiler, reason
+):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name if name == compiler else None)
+    assert kernels._unavailable(torch.device("cuda", 0), torch.float32) == reason
 
 
 def test_import_without_triton_is_an_import_error(monkeypatch):
@@ -409,82 +645,215 @@ def test_import_without_triton_is_an_import_error(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
-from sync_splitbn._kernels import triton as kernels
-from sync_splitbn._moments import Affine, Moments
-
-class H100:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = get_current_stream = lambda self, device=0: 0
-
-driver.set_active(H100())
-kernels.INTERPRETED = True  # so that CPU tensors are taken; nothing runs
-kernels.PROGRAMS = 528
-run, compiled = JITFunction.run, []
-
-def compile_only(self, *args, warmup, **kwargs):
-    compiled.append(run(self, *args, warmup=True, **kwargs))
-
-JITFunction.run = compile_only
-
-def train(rows, last):
-    x = torch.empty(sum(rows), 24, 28, 28, dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    moments = Moments(torch.empty(3, 49, dtype=torch.float64))
-    affine = Affine(torch.empty(3, 24), torch.empty(3, 24), 1e-5, True)
-    kernels.moments(x, rows, 3)
-    kernels.normalize(x, rows, moments, affine)
-    if last:
-        sums = kernels.grad_sums(x, x, rows, moments, affine)
-        kernels.grad_input(x, x, rows, moments, affine, sums)
-
-for last in (False, True):
-    for rows in ((16, 16, 16), (1, 0, 3), (5, 128, 1)):
-        train(rows, last)
-different = {id(kernel): kernel for kernel in compiled}.values()
-print(len(compiled), len(different))
-for kernel in different:
-    wide = "ld.global.v4.b32" in kernel.asm["ptx"] or "cp.async.cg" in kernel.asm["ptx"]
-    print(kernel.metadata.name, wide)
-"""
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Have Triton compute wherever ATen is not asked for by name."""
+    use_everywhere(monkeypatch)
 
 
-def test_kernels_compile_for_an_h100_once_for_any_batch_and_load_16_bytes(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+def use_everywhere(monkeypatch):
+    monkeypatch.setattr(
+        sync_splitbn._kernels, "choose", lambda impl, x: aten if impl == "aten" else kernels
     )
-    assert done.returncode == 0, done.stderr
-    counts, *lines = done.stdout.splitlines()
-    assert counts == "27 8"
-    assert sorted(lines) == sorted(
-        ["_apply_kernel True"] * 3 + ["_sums_kernel True"] * 3 + ["_total_kernel False"] * 2
-    )
+
+
+def layer_of(state, **options):
+    num_splits, features = state.weight.shape[1:]
+    layer = SyncSplitBatchNorm(features, num_splits=num_splits, **options)
+    with torch.no_grad():
+        for s, stats in enumerate((layer, *layer.aux_bn)):
+            stats.weight.copy_(state.weight[0, s])
+            stats.bias.copy_(state.bias[0, s])
+    return layer
+
+
+def gathered(layer, name):
+    """Return a parameter's gradients or a buffer of all splits."""
+    tensors = [getattr(stats, name) for stats in (layer, *layer.aux_bn)]
+    return torch.stack([t if t.grad is None else t.grad for t in tensors]).detach().cpu()
+
+
+def step(layer, x, dy, ids):
+    """Return y, dx, the gradients of weights and biases, and the buffers, after one step."""
+    x = x.detach().to(DEVICE, copy=True).requires_grad_()
+    with assign_splits(layer, index=ids.to(DEVICE)):
+        y = layer(x)
+    y.backward(dy.to(DEVICE))
+    names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+    return y.detach().cpu(), x.grad.cpu(), *(gathered(layer, name) for name in names)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@LAYOUTS
+def test_layer_on_one_rank_equals_the_definition(everywhere, last, momentum):
+    state, truth = (oracle.State.initial(1, 3, 5) for _ in range(2))
+    layer = layer_of(state, momentum=momentum).to(DEVICE)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x, dy = torch.randn(10, 5, 3, 4) * 2 + 1, torch.randn(10, 5, 3, 4)
+        x = features_last(x) if last else x
+        ids = torch.randint(0, 2 + seed, (10,))
+        layer.zero_grad()
+        y, dx, dweight, dbias, *buffers = step(layer, x, dy, ids)
+        wide, rank = x.double().requires_grad_(), torch.zeros_like(ids)
+        truth.weight.grad = truth.bias.grad = None
+        expected = oracle.forward(wide, ids, rank, truth, momentum=momentum)
+        expected.backward(dy.double())
+        assert_near(y, expected.detach().float())
+        assert_near(dx, wide.grad.float())
+        assert_near(dweight, truth.weight.grad[0].float())
+        assert_near(dbias, truth.bias.grad[0].float())
+        assert_near(buffers[0], truth.running_mean.float())
+        assert_near(buffers[1], truth.running_var.float())
+        assert buffers[2].equal(truth.num_batches_tracked)
+
+
+def test_function_named_triton_equals_aten():
+    x, dy = batch((12, 5, 3, 4))
+    results = []
+    for impl in ("triton", "aten"):
+        parts = [
+            t.detach().clone().requires_grad_() for t in (x, *affine_of(5)[0], *affine_of(5)[1])
+        ]
+        y, moments = sync_split_batch_norm(
+            parts[0], 3, parts[1:4], parts[4:], sizes=(3, 0, 9), impl=impl
+        )
+        results.append([y.detach(), moments.values, *torch.autograd.grad(y, parts, dy)])
+    for ours, truth in zip(*results, strict=True):
+        assert_near(ours, truth, 1e-5)
+
+
+def test_function_named_triton_refuses_a_second_derivative():
+    x, dy = (t.requires_grad_() for t in batch((6, 5)))
+    y, _ = sync_split_batch_norm(x, 3, impl="triton")
+    with pytest.raises(RuntimeError, match="impl='triton' must not be differentiated twice"):
+        torch.autograd.grad(y, x, dy, create_graph=True)
+
+
+def test_second_derivative_of_the_default_is_by_way_of_aten(everywhere):
+    x, dy = batch((6, 5, 3))
+    weights, biases, _ = affine_of(5)
+    results = []
+    for impl in (None, "aten"):
+        parts = [t.detach().clone().requires_grad_() for t in (x, *weights, *biases)]
+        y, _ = sync_split_batch_norm(parts[0], 3, parts[1:4], parts[4:], impl=impl)
+        upstream = dy.clone().requires_grad_()
+        first = torch.autograd.grad(y, parts[:4], upstream, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        results.append(torch.autograd.grad(penalty, [upstream, *parts[:4]]))
+    for ours, truth in zip(*results, strict=True):
+        assert truth.abs().max() > 0.1
+        assert_near(ours, truth, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_a_batch_once_and_changes_no_gradient(everywhere, reentrant):
+    x, dy = batch((6, 4, 3))
+    results = []
+    for is_checkpointed in (False, True):
+        layer, leaf = SyncSplitBatchNorm(4, num_splits=2).to(DEVICE), x.clone().requires_grad_()
+        y = checkpoint(layer, leaf, use_reentrant=reentrant) if is_checkpointed else layer(leaf)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad, gathered(layer, "weight"), *layer.buffers()))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+    assert layer.num_batches_tracked == layer.aux_bn[0].num_batches_tracked == 1
+
+
+def test_autocast_keeps_the_statistics_and_the_type_of_the_input(everywhere):
+    x, dy = batch((6, 4, 3), torch.bfloat16)
+    layer, leaf = SyncSplitBatchNorm(4, num_splits=2).to(DEVICE), x.clone().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(leaf)
+    y.backward(dy)
+    assert y.dtype == leaf.grad.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == layer.running_mean.dtype == torch.float32
+    mean = x[:3].double().mean((0, 2))
+    assert_near(layer.running_mean.double(), 0.1 * mean, 1e-7)
+
+
+RANK_ROWS = (7, 0, 4)
+
+
+def rows_of_ranks(world_size):
+    """Return x, dy and splits of all ranks' rows, with a split that is on one rank alone."""
+    generator = torch.Generator().manual_seed(5)
+    rows = sum(RANK_ROWS[:world_size])
+    x, dy = torch.randn(2, rows, 5, 3, 2, generator=generator)
+    ids = torch.randint(0, 2, (rows,), generator=generator)
+    ids[:2] = 2
+    return 2 * x + 3, dy, ids
+
+
+def train_on_a_rank(rank, world_size, rows):
+    """Return what `step` does of a layer on this rank, and what was sent."""
+    patch = pytest.MonkeyPatch()
+    use_everywhere(patch)
+    layer = layer_of(oracle.State.initial(world_size, 3, 5))
+    x, dy, ids = (t.split(rows)[rank] for t in rows_of_ranks(3))
+    with Collectives() as collectives:
+        results = step(layer, x, dy, ids)
+    return results, collectives.calls
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="ranks run in the interpreter")
+@pytest.mark.parametrize("rows", [[7, 4], [11, 0]], ids=["uneven", "one-empty"])
+def test_layer_on_two_ranks_equals_the_definition(rows, tmp_path):
+    answers = run_ranks(train_on_a_rank, 2, tmp_path, rows)
+    state = oracle.State.initial(2, 3, 5)
+    x, dy, ids = rows_of_ranks(3)
+    rank = torch.arange(2).repeat_interleave(torch.tensor(rows))
+    wide = x.double().requires_grad_()
+    expected = oracle.forward(wide, ids, rank, state)
+    expected.backward(dy.double())
+    parts = zip(expected.detach().split(rows), wide.grad.split(rows), strict=True)
+    for i, (((y, dx, dweight, dbias, *buffers), calls), (y_true, dx_true)) in enumerate(
+        zip(answers, parts, strict=True)
+    ):
+        assert_near(y, y_true.float())
+        assert_near(dx, dx_true.float())
+        assert_near(dweight, state.weight.grad[i].float())
+        assert_near(dbias, state.bias.grad[i].float())
+        assert_near(buffers[0], state.running_mean.float())
+        assert_near(buffers[1], state.running_var.float())
+        assert buffers[2].equal(state.num_batches_tracked)
+        sent = [(numel, dtype) for _, numel, dtype in calls]
+        assert sent == [(3 * 11, torch.float64), (3 * 10, torch.float32)]
+    assert all(a.equal(b) for a, b in zip(*(answer[0][4:] for answer in answers), strict=True))
 
 
 @on_gpu
-@pytest.mark.parametrize("splits", ["uneven", "index"])
+@pytest.mark.parametrize("splits", ["equal", "uneven", "index"])
 def test_nothing_waits_for_the_device(splits):
     x, dy = batch((12, 5, 7, 7))
     splits, affine = splits_of(splits), affine_of(5)
-    all_four(kernels, x, dy, splits, affine)
+    run_all(kernels, x, dy, splits, affine)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        all_four(kernels, x, dy, splits, affine)
+        run_all(kernels, x, dy, splits, affine)
+        run_alone(kernels, x, dy, splits, affine)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("splits", ["equal", "uneven", "index"])
+def test_captured_graph_replays_with_new_data(splits):
+    x, dy = batch((12, 5, 7, 7))
+    splits, affine = splits_of(splits), affine_of(5)
+    expected = run_all(kernels, x, dy, splits, affine)
+    static = torch.zeros_like(x)
+    run_all(kernels, static, dy, splits, affine)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run_all(kernels, static, dy, splits, affine)
+    static.copy_(x)
+    graph.replay()
+    assert all(a.equal(b) for a, b in zip(results, expected, strict=True))
+
+
+@on_gpu
+@LAYOUTS
 def test_tensors_beyond_2_to_the_31_elements_are_taken(last):
     shape = (5, 64, 2900, 2900)
     memory_format = torch.channels_last if last else torch.contiguous_format
@@ -496,9 +865,9 @@ def test_tensors_beyond_2_to_the_31_elements_are_taken(last):
     )
     affine, splits = affine_of(64, num_splits=2), (2, 3)
     owner = [(1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
-    packed = kernels.moments(x, splits, 2)
-    moments = Moments(packed)
-    parts = [aten.moments(x[i : i + 1], owner[i], 2) for i in range(5)]
+    packed = kernels.sums(x, splits, 2)
+    moments = kernels.moments(packed)
+    parts = [aten.sums(x[i : i + 1], owner[i], 2) for i in range(5)]
     assert_near(packed, sum(parts), 1e-6)
     sums = kernels.grad_sums(dy, x, splits, moments, affine)
     parts = [

@@ -1,394 +1,316 @@
-# ruff: noqa: N803 - what is compiled in is upper case, as everywhere in Triton
-"""The four kernels for CUDA, in Triton: all splits in one launch, no copy, the same bits each run.
+"""The kernels for CUDA in Triton: how those of `triton_jit` are launched.
 
-N rows, S splits, C features, L positions per row. Memory is walked in tiles of BP positions by BC
-features, each within one split. Where features are innermost (`last`), positions run through the
-rows, [N * L]; elsewhere those of a tile are of one row. A split is given to as many programs as
-its share of the batch asks for, and they stride over its tiles, so that all sweep through memory
-abreast. What writes sweeps in reverse of what summed before: the last read is still in the cache.
-
-Where `splits` is an index, each split has programs for all rows, which mask out those of others.
-A masked load moves no bytes: it costs instructions, as often as there are splits, not traffic.
+N rows, S splits, C features, L positions per row. Nothing here waits for the device, reads host
+memory later or keeps device memory, so that CUDA graphs may capture every call.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._moments import Affine, Moments, Splits, accumulation_dtype
+from .._moments import (
+    Affine,
+    Moments,
+    RunningStats,
+    Splits,
+    accumulation_dtype,
+    as_dense,
+    check_tensors,
+)
+from . import triton_jit as jit
 
-WARPS = 4
-# What tells of splits are parameters of the kernel, of which there may be 4 KB.
-SPLITS_PER_LAUNCH = 64
-
-
-class Constants(NamedTuple):
-    """What a kernel is compiled for: nothing that changes with the number of rows."""
-
-    acc: tl.constexpr  # type of accumulation
-    last: tl.constexpr
-    align: tl.constexpr  # divides the innermost size, up to 16
-    bp: tl.constexpr
-    bc: tl.constexpr
-    stages: tl.constexpr  # tiles under way to shared memory, if more than 1
-    eps: tl.constexpr
-    relu: tl.constexpr
-
-
-Inputs: TypeAlias = tuple[Any, ...]
-Launches: TypeAlias = list[tuple[int, int, int, tuple[int, ...]]]
-
-
-@triton.jit
-def _work(numbers, K):
-    """Return what a program is to do, a tuple for the functions below.
-
-    It holds the split, its rows [low, high), its tiles, the program's number, the split's first
-    program and last (exclusive), the program's features [BC], and the sizes C and L.
-    """
-    features, length, blocks = numbers[0] - 3 >> 1, numbers[1] - 3 >> 1, numbers[2] - 3 >> 1
-    # The innermost size comes divided: so the compiler sees how its lines are aligned.
-    if K.last:
-        features *= K.align
-    else:
-        length *= K.align
-    program = tl.program_id(0) // blocks
-    c = tl.program_id(0) % blocks * K.bc + tl.arange(0, K.bc)
-    split, low, high, tiles = numbers[3] - 3 >> 1, numbers[4], numbers[5], numbers[6]
-    first, last = numbers[7], numbers[8]
-    for i in tl.static_range(1, len(numbers) // 5):
-        here = 2 * program + 3 >= numbers[5 * i + 7]
-        split += here.to(tl.int32)
-        low = tl.where(here, numbers[5 * i + 4], low)
-        high = tl.where(here, numbers[5 * i + 5], high)
-        tiles = tl.where(here, numbers[5 * i + 6], tiles)
-        first = tl.where(here, numbers[5 * i + 7], first)
-        last = tl.where(here, numbers[5 * i + 8], last)
-    low, high, tiles = low - 3 >> 1, high - 3 >> 1, tiles - 3 >> 1
-    first, last = first - 3 >> 1, last - 3 >> 1
-    return split, low, high, tiles, program, first, last, c, features, length
-
-
-@triton.jit
-def _tile(t, work, index, K):
-    """Return the offsets of tile `t` in x and its mask, [BP, BC], and its positions' mask, [BP]."""
-    split, low, high, _, _, _, _, c, features, length = work
-    p = tl.arange(0, K.bp)
-    if K.last:
-        p += low.to(tl.int64) * length + tl.cast(t, tl.int64) * K.bp
-        owned = p < high.to(tl.int64) * length
-        if index is not None:
-            owned &= tl.load(index + p // length, owned, other=-1) == split
-        offsets = p[:, None] * features + c[None, :]
-    else:
-        blocks = (length + K.bp - 1) // K.bp
-        row = (low + t // blocks).to(tl.int64)
-        p += t % blocks * K.bp
-        owned = p < length
-        if index is not None:
-            owned &= 0 * p + tl.load(index + row) == split
-        offsets = (row * features + c)[None, :] * length + p[:, None]
-    return offsets, owned[:, None] & (c < features)[None, :], owned
-
-
-@triton.jit
-def _shift(x, work, index, K):
-    """Return the program's first element of each feature, [BC]; with an index, one of its split."""
-    split, low, high, _, program, first, _, c, features, length = work
-    t = (program - first).to(tl.int64)
-    if K.last:
-        row, p = low + t * K.bp // length, t * K.bp % length
-    else:
-        blocks = (length + K.bp - 1) // K.bp
-        row, p = low + t // blocks, t % blocks * K.bp
-    if index is not None:
-        # The next row of the split, in a batch that is bent to a ring.
-        steps = high.to(tl.int64)
-        for start in range(0, high, 1024):
-            n = start + tl.arange(0, 1024)
-            mine = tl.load(index + n, n < high, other=-1) == split
-            steps = tl.minimum(steps, tl.min(tl.where(mine, (n - row + high) % high, high), 0))
-        row = (row + steps) % high
-    offsets = (row * length + p) * features + c if K.last else (row * features + c) * length + p
-    return tl.load(x + offsets, c < features, other=0).to(K.acc)
-
-
-@triton.jit
-def _line(packed, weight, bias, strides, work, K):
-    """Return the mean, rounded to `high`, then 1 / count, invstd, scale, shift and rest, float64.
-
-    All are [BC]. The output is `(x - high) * scale + shift`, and `rest` is high - mean.
-    """
-    split, _, _, _, _, _, _, c, features, _ = work
-    here = c < features
-    row = packed + split * (2 * features + 1)
-    each = 1.0 / tl.maximum(tl.load(row + 2 * features), 1.0)
-    mean = tl.load(row + c, here, other=0) * each
-    var = tl.load(row + features + c, here, other=0) * each - mean * mean
-    # A maximum would turn NaN into 0.
-    invstd = tl.rsqrt(tl.where(var < 0, 0.0, var) + K.eps)
-    high = mean.to(K.acc)
-    rest = high.to(tl.float64) - mean
-    scale = invstd
-    if weight is not None:
-        line = weight + split * (strides[0] - 3 >> 1) + c
-        scale *= tl.load(line, here, other=0).to(tl.float64)
-    shift = rest * scale
-    if bias is not None:
-        line = bias + split * (strides[1] - 3 >> 1) + c
-        shift += tl.load(line, here, other=0).to(tl.float64)
-    return high, each, invstd, scale, shift, rest
-
-
-@triton.jit
-def _sums_kernel(dy, x, index, packed, weight, bias, strides, partials, numbers, K):
-    """Sum dy and dy * (x - mean) over a program's tiles, or x and x^2, and count, without dy.
-
-    Grid [programs * blocks of features]. dy and x are [N, C, L], or [N, L, C] if `last`; index is
-    [N] or None; packed is [S, 2C + 1]; weight and bias are [S, C] or None; partials is
-    [programs, 2C], or [programs, 2C + 1] without dy.
-    """
-    work = _work(numbers, K)
-    _, _, _, tiles, program, first, last, c, features, _ = work
-    if dy is None:
-        high = _shift(x, work, index, K)
-    else:
-        high, _, _, scale, shift, rest = _line(packed, weight, bias, strides, work, K)
-        scale, shift = scale.to(K.acc), shift.to(K.acc)
-    total = tl.full([K.bp, K.bc], 0, K.acc)
-    products = tl.full([K.bp, K.bc], 0, K.acc)
-    count = tl.full([K.bp], 0, tl.int32)
-    for t in tl.range(program - first, tiles, last - first, num_stages=K.stages):
-        offsets, here, owned = _tile(t, work, index, K)
-        xmu = tl.load(x + offsets, here, other=0).to(K.acc) - high[None, :]
-        if dy is None:
-            xmu = tl.where(here, xmu, 0.0)
-            g = xmu
-            count += owned.to(tl.int32)
-        else:
-            g = tl.load(dy + offsets, here, other=0).to(K.acc)
-            if K.relu:
-                g = tl.where(tl.fma(xmu, scale[None, :], shift[None, :]) <= 0, 0.0, g)
-        total += g
-        products += g * xmu
-    total = tl.sum(total.to(tl.float64), 0)
-    products = tl.sum(products.to(tl.float64), 0)
-    if dy is None:
-        # Sums about k become sums about 0 in float64, where no digit is lost.
-        n = tl.sum(count, 0).to(tl.float64)
-        k = tl.where(n > 0, high, 0.0).to(tl.float64)
-        products += k * (2 * total + n * k)
-        total += n * k
-        partials += program.to(tl.int64) * (2 * features + 1) + c
-        tl.store(partials + 2 * features, n, c == 0)
-    else:
-        products += rest * total
-        partials += program.to(tl.int64) * (2 * features) + c
-    tl.store(partials, total, c < features)
-    tl.store(partials + features, products, c < features)
-
-
-@triton.jit
-def _apply_kernel(dy, x, index, packed, weight, bias, strides, sums, out, numbers, K):
-    """Write a program's tiles of dx, or of y without dy; grid [programs * blocks of features].
-
-    dy, x and out are [N, C, L], or [N, L, C] if `last`; index is [N] or None; packed is
-    [S, 2C + 1]; weight and bias are [S, C] or None; sums is [S, 2C], or None without dy.
-    """
-    work = _work(numbers, K)
-    split, _, _, tiles, program, first, last, c, features, _ = work
-    high, each, invstd, scale, shift, rest = _line(packed, weight, bias, strides, work, K)
-    if dy is not None:
-        sums += split * (2 * features) + c
-        mean_dy = tl.load(sums, c < features, other=0).to(tl.float64) * each
-        mean_dy_xmu = tl.load(sums + features, c < features, other=0).to(tl.float64) * each
-        slope = -scale * mean_dy_xmu * invstd * invstd
-        offset = (slope * rest - scale * mean_dy).to(K.acc)
-        slope = slope.to(K.acc)
-    scale, shift = scale.to(K.acc), shift.to(K.acc)
-    for t in tl.range(program - first, tiles, last - first, num_stages=K.stages):
-        offsets, here, _owned = _tile(tiles - 1 - t, work, index, K)
-        xmu = tl.load(x + offsets, here, other=0).to(K.acc) - high[None, :]
-        value = tl.fma(xmu, scale[None, :], shift[None, :])
-        if dy is None:
-            if K.relu:
-                value = tl.where(value <= 0, 0.0, value)
-        else:
-            g = tl.load(dy + offsets, here, other=0).to(K.acc)
-            if K.relu:
-                g = tl.where(value <= 0, 0.0, g)
-            value = tl.fma(g, scale[None, :], tl.fma(xmu, slope[None, :], offset[None, :]))
-        tl.store(out + offsets, value.to(out.dtype.element_ty), here)
-
-
-@triton.jit(do_not_specialize=["width"])
-def _total_kernel(partials, sums, width, numbers):
-    """Sum what the programs of a split summed, in their order; grid [splits * blocks of width].
-
-    partials is [programs, width], sums is [S, width].
-    """
-    blocks = tl.cdiv(width, 16)
-    place = tl.program_id(0) // blocks
-    w = tl.program_id(0) % blocks * 16 + tl.arange(0, 16)
-    first, last = numbers[7], numbers[8]
-    for i in tl.static_range(1, len(numbers) // 5):
-        first = tl.where(place == i, numbers[5 * i + 7], first)
-        last = tl.where(place == i, numbers[5 * i + 8], last)
-    first, last = first - 3 >> 1, last - 3 >> 1
-    total = tl.zeros([64, 16], tl.float64)
-    for start in range(first, last, 64):
-        program = start + tl.arange(0, 64)
-        here = (program < last)[:, None] & (w < width)[None, :]
-        offsets = program.to(tl.int64)[:, None] * width + w[None, :]
-        total += tl.load(partials + offsets, here, other=0)
-    out = tl.sum(total, 0).to(sums.dtype.element_ty)
-    tl.store(sums + ((numbers[3] - 3 >> 1) + place) * width + w, out, w < width)
-
-
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The interpreter is chosen by TRITON_INTERPRET=1, before Triton is imported.
-INTERPRETED = not isinstance(_total_kernel, triton.JITFunction)
-# Of a kernel: 4 on each of the 132 processors of an H100. With 128 registers a thread they run all
-# at once, so that none starts when most are done, and with 64 bytes a thread under way they hide
-# the latency of the memory.
-PROGRAMS = 8 if INTERPRETED else 528
+INTERPRETED = not isinstance(jit.sums_kernel, triton.JITFunction)
+NUM_WARPS = 4
+# The most sizes and the most pointers of a kind among a kernel's arguments, which may take 4 KB.
+MAX_SIZES = 256
+MAX_POINTERS = 16
+# An outlier among so many positions moves their mean little.
+SHIFT_POSITIONS = 64
 
 
-def moments(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
-    """Return the packed local moments of `x`, [S, 2C + 1], float64."""
-    sums = x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
-    return _sum(sums, *_prepare(None, x, splits, sums, Affine(None, None, 0), 2, 3))
+def unavailable(x: Tensor) -> str | None:
+    """Return why Triton cannot compute with tensors like `x`, or None."""
+    return _unavailable(x.device, x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why Triton cannot compute on this device with this type, or None."""
+    if dtype not in DTYPES:
+        return f"no Triton kernels for {dtype}"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"no Triton kernels for device {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability below 8.0"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return "no C compiler, which Triton needs to launch kernels; set CC"
+    return None
+
+
+def sums(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
+    """Return the local [sum of x | sum of x^2 | count], [S, 2C + 1], float64."""
+    return _sum(_prepare(x, None, splits, num_splits), None, 0.0)
+
+
+def moments(sums: Tensor) -> Moments:
+    """Return the moments that follow from the sums of x."""
+    sums = sums.contiguous()
+    values, features = torch.empty_like(sums), sums.shape[1] // 2
+    block = min(256, triton.next_power_of_2(features))
+    grid = len(sums) * triton.cdiv(features, block)
+    _launch(jit.moments_kernel, grid, sums, values, features, block)
+    return Moments(values)
 
 
 def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
-    """Return `(x - mean) * invstd * weight + bias`, rectified if `affine.relu`, like `x`."""
-    return _apply(None, *_prepare(None, x, splits, moments.packed, affine, 4, 1))
+    """Return `xhat * weight + bias`, like `x`."""
+    batch = _prepare(x, None, splits, len(moments.values))
+    return _apply(batch, _values(moments, x), affine, None)
 
 
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
-    """Return the local `[sum of dy | sum of dy * (x - mean)]`, [S, 2C], accumulation type.
-
-    With `affine.relu`, here and in `grad_input`, dy counts where the output is positive.
-    """
-    shape = len(moments.packed), 2 * x.shape[1]
-    sums = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
-    return _sum(sums, *_prepare(dy, x, splits, moments.packed, affine, 1, 4))
+    """Return the local [sum of dy | sum of dy * xhat], [S, 2C], accumulation type."""
+    batch = _prepare(x, dy, splits, len(moments.values))
+    return _sum(batch, _values(moments, x), affine.eps)
 
 
 def grad_input(
     dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    return _apply(sums.contiguous(), *_prepare(dy, x, splits, moments.packed, affine, 2, 1))
+    _check("sums", sums, (len(moments.values), 2 * x.shape[1]), x)
+    batch = _prepare(x, dy, splits, len(moments.values))
+    return _apply(batch, _values(moments, x), affine, sums.contiguous())
 
 
-def _sum(sums: Tensor, inputs: Inputs, K: Constants, launches: Launches) -> Tensor:
-    """Fill `sums` [S, width]: first by program, then by split."""
-    width = sums.shape[1]
-    for splits, programs, blocks, numbers in launches:
-        partials = sums.new_empty((programs, width), dtype=torch.float64)
-        _run(_sums_kernel, programs * blocks, *inputs, partials, numbers, K)
-        _run(_total_kernel, splits * triton.cdiv(width, 16), partials, sums, width, numbers)
-    return sums
+def normalize_batch(
+    x: Tensor, splits: Splits, num_splits: int, affine: Affine
+) -> tuple[Tensor, Moments]:
+    """Return y by the moments of `x` itself, and these."""
+    batch = _prepare(x, None, splits, num_splits)
+    values = _sum(batch, None, 0.0, as_moments=True)
+    return _apply(batch, values, affine, None), Moments(values)
 
 
-def _apply(sums: Tensor | None, inputs: Inputs, K: Constants, launches: Launches) -> Tensor:
-    """Return y, or dx if there are `sums`."""
-    out = torch.empty_like(inputs[1])
-    for _, programs, blocks, numbers in launches:
-        _run(_apply_kernel, programs * blocks, *inputs, sums, out, numbers, K)
+def grad_batch(
+    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `x` by the sums of `dy` itself, and these."""
+    batch, values = _prepare(x, dy, splits, len(moments.values)), _values(moments, x)
+    local = _sum(batch, values, affine.eps)
+    return _apply(batch, values, affine, local), local
+
+
+def update_running_stats(running: RunningStats, moments: Moments) -> None:
+    """Update running statistics and counters in place, in one launch for each 16 splits."""
+    values = moments.values.contiguous()
+    num_splits, features = len(values), values.shape[1] // 2
+    means = _uniform("running_mean", running.means, num_splits, (features,), values)
+    variances = _uniform("running_var", running.vars, num_splits, (features,), values)
+    counters: tuple[Tensor, ...] = ()
+    if running.counters:
+        counters = _uniform("num_batches_tracked", running.counters, num_splits, (), values)
+    is_average = running.momentum is None
+    step = 0.0 if is_average else float(running.momentum)
+    block = min(512, triton.next_power_of_2(features))
+    for i in range(0, num_splits, MAX_POINTERS):
+        chunk = slice(i, i + MAX_POINTERS)
+        pointers = means[chunk], variances[chunk], counters[chunk] or None
+        arguments = *pointers, features, step, is_average, block
+        _launch(jit.running_kernel, len(means[chunk]), values[chunk], *arguments)
+    given = *running.means, *running.vars, *running.counters
+    for tensor, written in zip(given, (*means, *variances, *counters), strict=True):
+        if tensor is not written:
+            tensor.copy_(written)
+
+
+class Batch(NamedTuple):
+    """A batch as the kernels read it."""
+
+    x: Tensor  # [N, C, L], or [N, L, C] in memory
+    dy: Tensor | None  # likewise
+    order: Tensor | None  # rows sorted by an index, [N]
+    bounds: Tensor | None  # of the splits in sorted rows, [S + 1]
+    shape: tuple[int, int, int]  # N, C, L
+    sizes: tuple[int, ...] | None  # rows of each split, where the host is to tell
+    num_splits: int
+    channels_last: bool
+
+
+def _prepare(x: Tensor, dy: Tensor | None, splits: Splits, num_splits: int) -> Batch:
+    """Return a batch as the kernels read it, or raise."""
+    reason = unavailable(x)
+    if reason is not None:
+        raise RuntimeError(f"impl='triton' must be able to serve the input, got {reason}")
+    x = as_dense(x)
+    shape = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    channels_last = shape[2] == 1 or not x.is_contiguous()
+    if dy is not None:
+        _check("dy", dy, x.shape, x)
+        dy = (dy.movedim(1, -1) if channels_last else dy).contiguous()
+    order = bounds = sizes = None
+    if isinstance(splits, Tensor):
+        _check("index", splits, shape[:1], x)
+        ids, order = splits.sort(stable=True)
+        bounds = torch.searchsorted(ids, torch.arange(num_splits + 1, device=x.device))
+    elif len(splits) != num_splits or sum(splits) != shape[0] or min(splits) < 0:
+        raise ValueError(
+            f"sizes must be those of {num_splits} splits and sum to {shape[0]}, got {splits}"
+        )
+    elif num_splits <= MAX_SIZES or len(set(splits)) == 1:
+        sizes = splits
+    else:
+        # Fills read no memory of the host, as copies of a captured graph would at each replay.
+        ends = (0, *itertools.accumulate(splits))
+        bounds = torch.stack([torch.full((), end, device=x.device) for end in ends])
+    return Batch(x, dy, order, bounds, shape, sizes, num_splits, channels_last)
+
+
+def _sum(batch: Batch, values: Tensor | None, eps: float, as_moments: bool = False) -> Tensor:
+    """Return the sums of dy, or without one, the sums of x or its moments."""
+    x, dy, order, bounds, (_, features, _), *_ = batch
+    loads, stages = (2, 3) if dy is None else (1, 4)
+    (programs, blocks), schedule, config = _plan_batch(batch, loads, stages)
+    columns = 3 * features + 1 if dy is None else 2 * features
+    partials = x.new_empty((programs, columns), dtype=torch.float64)
+    shape = batch.num_splits, 2 * features + (dy is None)
+    dtype = torch.float64 if dy is None else accumulation_dtype(x.dtype)
+    out = x.new_empty(shape, dtype=dtype)
+    inputs = x, dy, order, values, partials, eps
+    _launch(jit.sums_kernel, programs * blocks, *inputs, schedule, bounds, config)
+    grid = batch.num_splits * triton.cdiv(features, 16)
+    options = schedule, bounds, dy is not None, as_moments, config
+    _launch(jit.total_kernel, grid, partials, out, *options)
     return out
 
 
-def _run(kernel: Any, programs: int, *arguments: Any) -> None:
-    """Run a kernel, unless there is nothing to compute."""
+def _apply(batch: Batch, values: Tensor, affine: Affine, sums: Tensor | None) -> Tensor:
+    """Return y, or dx if there are `sums`."""
+    x, dy, order, bounds, (_, features, _), *_ = batch
+    parameters = []
+    for name, tensors in (("weight", affine.weights), ("bias", affine.biases)):
+        if tensors is not None:
+            tensors = _uniform(name, tensors, batch.num_splits, (features,), x)
+            if batch.num_splits > MAX_POINTERS:
+                tensors = (torch.stack(tensors),)
+        parameters.append(tensors)
+    loads, stages = (4, 1) if dy is None else (2, 1)
+    (programs, blocks), schedule, config = _plan_batch(batch, loads, stages)
+    out = torch.empty_like(x)
+    inputs = x, dy, out, order, values, *parameters, sums, affine.eps
+    _launch(jit.apply_kernel, programs * blocks, *inputs, schedule, bounds, config)
+    return out
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any) -> None:
+    """Run a kernel on the device of its first argument, unless there is nothing to compute."""
     if programs:
-        with torch.cuda.device_of(arguments[1]):
-            kernel[(programs,)](*arguments, num_warps=WARPS)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, num_warps=NUM_WARPS)
 
 
-def _prepare(
-    dy: Tensor | None, x: Tensor, splits: Splits, packed: Tensor, affine: Affine, *how: int
-) -> tuple[Inputs, Constants, Launches]:
-    """Return the first arguments of a kernel, and its `_plan`; `how` is loads and stages."""
-    if not (x.is_cuda or INTERPRETED):
-        raise RuntimeError(
-            f"impl='triton' must be given a CUDA tensor, got device {x.device}; "
-            "pass impl=None to choose by device"
-        )
-    shape = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    dense = x.is_contiguous()
-    last = not dense and x.movedim(1, -1).is_contiguous()
-    x = x if dense or last else x.contiguous()
-    # With one feature or one position both orders are one: take that of the longer lines.
-    last = last or 1 in shape[1:]
-    if dy is not None:
-        dy = (dy.movedim(1, -1) if last else dy).contiguous()
-    index = splits.contiguous() if isinstance(splits, Tensor) else None
-    weight, bias = (
-        p if p is None or p.stride(1) == 1 else p.contiguous() for p in (affine.weight, affine.bias)
-    )
-    strides = _odd(0 if p is None else p.stride(0) for p in (weight, bias))
-    sizes = splits if index is None else len(packed)
-    plan = _plan(shape, sizes, x.dtype, last, PROGRAMS, (affine.eps, affine.relu, *how))
-    return (dy, x, index, packed.contiguous(), weight, bias, strides), *plan
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    """Return how many programs run at once, with 128 registers: these are to share the work."""
+    if INTERPRETED:
+        return 8
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _odd(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Return neither 1 nor multiples of 16, for which Triton would compile anew in a tuple."""
-    return tuple(2 * number + 3 for number in numbers)
+def _plan_batch(batch: Batch, loads: int, stages: int) -> Any:
+    """Return the plan of a batch on its device."""
+    *_, shape, sizes, num_splits, channels_last = batch
+    x = batch.x
+    goal = _num_programs(x.device)
+    return _plan(shape, sizes, num_splits, x.dtype, channels_last, goal, loads, stages)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     shape: tuple[int, int, int],
-    sizes: tuple[int, ...] | int,
+    sizes: tuple[int, ...] | None,
+    num_splits: int,
     dtype: torch.dtype,
-    last: bool,
+    channels_last: bool,
     goal: int,
-    how: tuple[float, bool, int, int],
-) -> tuple[Constants, Launches]:
-    """Share some `goal` programs among splits of given sizes, or so many given by an index.
+    loads: int,
+    stages: int,
+) -> tuple[tuple[int, int], tuple[int, ...], jit.Config]:
+    """Cut a batch into tiles, and share them among about `goal` programs.
 
-    A launch is its number of splits, of programs for each block of features and of such blocks,
-    and the numbers that `_work` reads.
+    Args:
+        shape: N, C and L.
+        sizes: rows of each split, or None where only the device knows them.
+        num_splits: number of splits.
+        dtype: type of x.
+        channels_last: whether features are innermost.
+        goal: programs that run at once.
+        loads: 16-byte loads of x by a thread for one tile.
+        stages: tiles on their way to shared memory, if more than 1.
+
+    Returns:
+        The programs for each block of features and the number of these blocks, and the schedule
+        and config of `triton_jit`.
     """
-    eps, relu, loads, stages = how
     rows, features, length = shape
-    inner = max(1, features if last else length)
+    inner = max(1, features if channels_last else length)
     align = min(inner & -inner, 16)
     # Lines out of step with 8 bytes take more loads, and threads the parameters of more features.
-    tile = 32 * WARPS * 16 // dtype.itemsize * (loads if align * dtype.itemsize >= 8 else 1)
-    bp = tile // _width(features, 128) if last else _width(length, 512)
-    bc = max(1, min(tile // bp, triton.next_power_of_2(features)))
-    ends = [0, *itertools.accumulate(() if isinstance(sizes, int) else sizes)]
-    bounds = [(0, rows)] * sizes if isinstance(sizes, int) else list(itertools.pairwise(ends))
+    tile = 32 * NUM_WARPS * 16 // dtype.itemsize * (loads if align * dtype.itemsize >= 8 else 1)
+    width = triton.next_power_of_2(max(1, features))
+    if channels_last:
+        block_p = tile // _width(features, 128)
+    else:
+        block_p = _width(length, max(512, tile // width))
+    block_c = max(1, min(tile // block_p, width))
+    blocks = triton.cdiv(features, block_c)
     tiles = [
-        triton.cdiv((b - a) * length, bp) if last else (b - a) * triton.cdiv(length, bp)
-        for a, b in bounds
+        triton.cdiv(n * length, block_p) if channels_last else n * triton.cdiv(length, block_p)
+        for n in ((rows,) if sizes is None else sizes)
     ]
-    blocks = triton.cdiv(features, bc)
     each = max(1, triton.cdiv(sum(tiles) * blocks, goal))
     if sum(triton.cdiv(n, each) for n in tiles) * blocks > 1.25 * goal:
         # Some must wait for others: let there be many, so that few are left for the last turn.
         each = max(1, triton.cdiv(sum(tiles) * blocks, 4 * goal))
-    head = (features // align, length) if last else (features, length // align)
-    launches = []
-    for i in range(0, len(bounds), SPLITS_PER_LAUNCH):
-        numbers, programs = [*head, blocks, i], 0
-        for (a, b), n in list(zip(bounds, tiles, strict=True))[i : i + SPLITS_PER_LAUNCH]:
-            numbers += [a, b, n, programs, programs + triton.cdiv(n, each)]
-            programs = numbers[-1]
-        launches.append((len(numbers) // 5, programs, blocks, _odd(numbers)))
-    acc = tl.float64 if dtype == torch.float64 else tl.float32
-    constants = map(tl.constexpr, (acc, last, align, bp, bc, stages, eps, relu))
-    return Constants(*constants), launches
+    programs = sum(triton.cdiv(n, each) for n in tiles)
+    if sizes is None and programs:
+        # The last tile of a split may be short, and the last program of a split have fewer tiles.
+        programs += 2 * num_splits
+    is_equal = sizes is not None and len(set(sizes)) == 1
+    ends = () if sizes is None else sizes[:1] if is_equal else itertools.accumulate(sizes)
+    head = (features // align, length) if channels_last else (features, length // align)
+    is_wide = max(rows * length, block_p * features, block_c * length) + block_p >= 2**30
+    config = jit.Config(
+        acc=tl.float64 if dtype == torch.float64 else tl.float32,
+        index=tl.int64 if is_wide else tl.int32,
+        channels_last=channels_last,
+        align=align,
+        block_p=block_p,
+        block_c=block_c,
+        block_s=1 if is_equal else triton.next_power_of_2(num_splits),
+        shift_tiles=triton.cdiv(SHIFT_POSITIONS, block_p),
+        num_stages=stages,
+    )
+    return (programs, blocks), _encode(*head, num_splits, each, *ends), config
+
+
+def _encode(*numbers: int) -> tuple[int, ...]:
+    """Return neither 1 nor multiples of 16, for which Triton would compile anew in a tuple."""
+    return tuple(2 * number + 3 for number in numbers)
 
 
 def _width(size: int, widest: int) -> int:
@@ -397,3 +319,34 @@ def _width(size: int, widest: int) -> int:
         return max(1, triton.next_power_of_2(size))
     widths = (widest, widest // 2, widest // 4)
     return min(widths, key=lambda w: (max(7 * triton.cdiv(size, w) * w, 8 * size), -w))
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless a tensor has this shape and is on the device of x."""
+    if tensor.shape != shape or tensor.device != x.device:
+        raise RuntimeError(
+            f"{name} must have shape {list(shape)} on {x.device}, "
+            f"got {list(tensor.shape)} on {tensor.device}"
+        )
+
+
+def _values(moments: Moments, x: Tensor) -> Tensor:
+    """Return the values of moments as the kernels read them, or raise."""
+    _check("moments", moments.values, (len(moments.values), 2 * x.shape[1] + 1), x)
+    if moments.values.dtype != torch.float64:
+        raise TypeError(f"moments must be float64, got {moments.values.dtype}")
+    return moments.values.contiguous()
+
+
+def _uniform(
+    name: str, tensors: Sequence[Tensor], num_splits: int, shape: tuple[int, ...], x: Tensor
+) -> tuple[Tensor, ...]:
+    """Return contiguous tensors of one type, themselves where they are so, or copies; or raise."""
+    if len(tensors) != num_splits:
+        raise RuntimeError(f"{name} must be given for {num_splits} splits, got {len(tensors)}")
+    check_tensors(name, tensors, shape, x.device)
+    dtype = tensors[0].dtype
+    if all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors):
+        return tuple(tensors)
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
