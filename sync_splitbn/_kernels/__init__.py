@@ -26,6 +26,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .._moments import Affine, Moments, RunningStats, Splits, accumulation_dtype
 from . import aten, cpu, operators
@@ -113,8 +114,8 @@ def default_unavailable(x: Tensor) -> str | None:
         return f"no compiled kernels for device type {x.device.type}"
     key = x.device, x.dtype
     if key not in _triton_verdicts:
-        if torch.cuda.is_current_stream_capturing():
-            return "Triton was not compared with ATen before this graph capture"
+        if isinstance(x, FakeTensor) or torch.cuda.is_current_stream_capturing():
+            return "Triton has not been compared with ATen, and cannot be in a trace or capture"
         _triton_verdicts[key] = _compare_triton(x)
     return _triton_verdicts[key]
 
@@ -184,4 +185,7 @@ def _run_all(
     kernels.update_running_stats(running, moments)
     y = kernels.normalize(x, splits, moments, affine)
     dx = kernels.grad_input(dy, x, splits, moments, affine, grad_sums)
-    return [sums, moments.values, y, grad_sums, dx, means, variances, counters]
+    y_batch, moments_batch = kernels.normalize_batch(x, splits, 3, affine)
+    of_all = [sums, moments.values, y, grad_sums, dx, means, variances, counters]
+    of_batch = [y_batch, moments_batch.values, *kernels.grad_batch(dy, x, splits, moments, affine)]
+    return of_all + of_batch
