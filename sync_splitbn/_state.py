@@ -1,6 +1,6 @@
 """Parameters and buffers of every split, and how they are saved, loaded, copied and reset.
 
-S splits, C features. Split 0 is the module's own state, split i that of `aux_bn[i - 1]`.
+S splits, C features. The layer itself holds those of split 0, `aux_bn[i - 1]` those of split i.
 """
 
 import copy
@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ._collectives import check_group
-from .functional import check_num_splits
+from ._moments import check_eps, check_num_splits
 
 PARAMETERS = ("weight", "bias")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Auxiliary(nn.Module):
-    """Parameters and buffers of one further split; the layer reads them, nothing calls this.
+    """A container, without a `forward`, for the parameters and buffers of one auxiliary split.
 
-    It is no `_BatchNorm`, so that tools which shard, freeze or convert batch norms see the layer
-    as one unit and leave its parts alone.
+    It is no `_BatchNorm`: tools that shard, freeze or convert batch norms must not treat it as a
+    layer of its own.
     """
 
     def __init__(self, state: dict[str, Tensor | None]) -> None:
@@ -35,13 +36,49 @@ class Auxiliary(nn.Module):
 
     @classmethod
     def copy_of(cls, norm: nn.Module, share_affine: bool, memo: dict[int, Any]) -> "Auxiliary":
-        """Copy the state of a batch norm; one memo a split keeps tensors that are shared so."""
+        """Copy a batch norm's state; `memo` has the copies made so far, by id of the original."""
         names = BUFFERS if share_affine else PARAMETERS + BUFFERS
-        return cls({name: copy.deepcopy(getattr(norm, name), memo) for name in names})
+        return cls({name: _copy(getattr(norm, name), memo) for name in names})
+
+
+def _copy(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
+    """Copy a parameter or buffer with its attributes, or return the copy in `memo`."""
+    if tensor is None or id(tensor) in memo:
+        return memo.get(id(tensor))
+    # copy.deepcopy fails on fake tensors, and drops the attributes of parameters.
+    twin = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        twin = nn.Parameter(twin, tensor.requires_grad)
+    for name, value in vars(tensor).items():
+        vars(twin).setdefault(name, value)
+    memo[id(tensor)] = twin
+    return twin
+
+
+class AuxiliaryList(nn.ModuleList):
+    """The auxiliaries of one layer, its `aux_bn`."""
+
+
+def _refuse_other_batch_norm(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Raise if a batch norm that is not ours is given the auxiliaries of one of our layers.
+
+    This is how `nn.SyncBatchNorm.convert_sync_batchnorm` and those of timm and apex convert a
+    layer: they make another batch norm and move the children over, which loses the splits.
+    """
+    is_other = isinstance(module, _BatchNorm) and not isinstance(module, SplitState)
+    if is_other and isinstance(submodule, AuxiliaryList):
+        raise RuntimeError(
+            "SyncSplitBatchNorm must not be converted by another converter, got its auxiliaries "
+            f"moved to a {type(module).__name__}; it is synchronized already, so remove that call"
+        )
+
+
+# torch calls it whenever any module gets a child: there is no such hook for one class.
+register_module_module_registration_hook(_refuse_other_batch_norm)
 
 
 class SplitState(_BatchNorm):
-    """A batch norm with the state of S splits, under timm's names."""
+    """A batch norm with the state of S splits, in the state-dict layout of timm."""
 
     def __init__(
         self,
@@ -59,29 +96,32 @@ class SplitState(_BatchNorm):
         bias: bool = True,
     ) -> None:
         check_num_splits(num_splits)
+        check_eps(eps)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         if not bias:
             self.register_parameter("bias", None)
         auxiliaries = [Auxiliary.copy_of(self, share_affine, {}) for _ in range(num_splits - 1)]
-        self._split(auxiliaries, process_group, share_affine)
+        self._add_auxiliaries(auxiliaries, process_group, share_affine)
 
-    def _split(self, auxiliaries: list[Auxiliary], process_group: Any, share_affine: bool) -> None:
-        """Become a split layer, from a plain one whose state is that of split 0."""
+    def _add_auxiliaries(
+        self, auxiliaries: list[Auxiliary], process_group: Any, share_affine: bool
+    ) -> None:
+        """Complete a batch norm that has the state of split 0 alone."""
         check_group(process_group)
         self.num_splits = 1 + len(auxiliaries)
         self.process_group = process_group
         self.share_affine = share_affine
-        self.aux_bn = nn.ModuleList(auxiliaries).train(self.training)
+        self.aux_bn = AuxiliaryList(auxiliaries).train(self.training)
 
     def _splits(self) -> Iterator[Any]:
-        """Yield what holds the statistics of each split."""
+        """Yield the modules that hold the splits' buffers: the layer, then its auxiliaries."""
         yield self
         yield from self.aux_bn
 
     def _all(self, name: str) -> list[Tensor] | None:
-        """Return a parameter of each split, [C], one for all where they share it."""
+        """Return the parameter `name` of every split, [C] each, or None without it."""
         own: Tensor | None = getattr(self, name)
         if own is None:
             return None
@@ -90,27 +130,29 @@ class SplitState(_BatchNorm):
         return [getattr(stats, name) for stats in self._splits()]
 
     def _one(self, name: str, split: int) -> Tensor | None:
-        """Return a parameter of one split, [C]."""
+        """Return the parameter `name` of one split, [C], or None without it."""
         own: Tensor | None = getattr(self, name)
         if own is None or self.share_affine:
             return own
         if torch.is_grad_enabled():
-            # Taken from all, so that the others get zero gradients and DDP misses none.
+            # Other splits get zero gradients, not None: DDP waits for every parameter.
             every = self._all(name)
             return None if every is None else torch.stack(every)[split]
         return own if split == 0 else getattr(self.aux_bn[split - 1], name)
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics of every split to mean 0, variance 1 and no batch seen."""
-        super().reset_running_stats()
-        # The base class calls this before there are auxiliaries.
-        for stats in getattr(self, "aux_bn", ()) if self.track_running_stats else ():
+        """Set every split's running mean to 0, variance to 1 and counter to 0."""
+        if not self.track_running_stats:
+            return
+        # The constructor of the base class calls this before `aux_bn` exists.
+        for stats in (self, *getattr(self, "aux_bn", ())):
             stats.running_mean.zero_()
             stats.running_var.fill_(1)
-            stats.num_batches_tracked.zero_()
+            if stats.num_batches_tracked is not None:
+                stats.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Reset the running statistics, and every split's scale to 1 and offset to 0."""
+        """Reset the running statistics; set every split's weight to 1 and bias to 0."""
         super().reset_parameters()
         for stats in getattr(self, "aux_bn", ()):
             for name, value in (("weight", 1.0), ("bias", 0.0)):
@@ -124,20 +166,23 @@ class SplitState(_BatchNorm):
         return f"{plain}, num_splits={self.num_splits}, share_affine={self.share_affine}"
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Load split 0, and have a plain batch norm's state fill the auxiliaries too."""
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if any(key.startswith(f"{prefix}aux_bn.") for key in state_dict):
-            return
+        """Load split 0; complete what the state dict lacks for the auxiliaries."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        is_plain = not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict)
+        # Version 1 of _BatchNorm had no counter; torch completes that of split 0 by itself.
+        is_version_1 = (local_metadata.get("version") or 1) < 2
         for i, stats in enumerate(self.aux_bn):
             for name in stats.state_dict():
-                if prefix + name in state_dict:
-                    # A clone: load_state_dict(assign=True) makes parameters of what it is given.
-                    state_dict[f"{prefix}aux_bn.{i}.{name}"] = state_dict[prefix + name].clone()
+                is_missing = is_plain or (is_version_1 and name == "num_batches_tracked")
+                if is_missing and prefix + name in state_dict:
+                    # A clone: load_state_dict(assign=True) keeps the tensor that it is given.
+                    value = state_dict[prefix + name].clone()
+                    state_dict.setdefault(f"{prefix}aux_bn.{i}.{name}", value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what belongs to this process or this moment: group and contexts."""
+        """Leave out what cannot be pickled or is temporary: process group, active contexts."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state["process_group"] = None
         for name in ("_assignment", "_stats_frozen"):
@@ -145,13 +190,13 @@ class SplitState(_BatchNorm):
         return state
 
     def __copy__(self) -> "SplitState":
-        """Copy shallowly, the process group too."""
+        """Copy shallowly; the copy has the same process group."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SplitState":
-        """Copy all but the process group, which the copy shares."""
+        """Copy deeply; the copy has the same process group, which cannot be copied."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))

@@ -1,22 +1,30 @@
-"""A model's batch norms become `SyncSplitBatchNorm`, and plain ones again.
+"""Conversion of a model's batch norms to `SyncSplitBatchNorm`, and back.
 
-A layer is converted where it stands: it changes its class and gains or loses auxiliaries. So
-everything else about it is kept, known here or not: parameters and their identity, buffers,
-hooks, attributes, training mode, and the places it is referred to from.
+A layer stays the same object: its class changes, and auxiliaries are added or removed. This keeps
+everything else: parameters and their identity, buffers, hooks, attributes, training mode, and
+all references to the layer.
 """
 
 import sys
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._collectives import check_group
+from ._moments import check_eps, check_num_splits
 from ._state import BUFFERS, PARAMETERS, Auxiliary
-from .functional import check_num_splits
 from .layer import SyncSplitBatchNorm, SyncSplitBatchNormAct
+
+# What a class derived from batch norm may redefine: no training, evaluation or state depends on it.
+HARMLESS = {"__init__", "_check_input_dim", "extra_repr", "_get_name", "__repr__", "__str__"}
+# What Python and `typing` add to classes, and what creates them.
+HARMLESS |= {"__dict__", "__weakref__", "__annotate__", "__annotate_func__", "__class_getitem__"}
+HARMLESS |= {"__new__", "__init_subclass__", "__subclasshook__"}
+# What timm's split layer has once a split, and ours once a layer.
+COMMON = ("eps", "momentum", "affine", "track_running_stats", "training")
 
 
 def convert_sync_split_batchnorm(
@@ -26,34 +34,37 @@ def convert_sync_split_batchnorm(
     process_group: Any = None,
     share_affine: bool = False,
 ) -> nn.Module:
-    """Convert every batch norm of a model into `SyncSplitBatchNorm`, in place, without loss.
+    """Convert every batch norm of a model into `SyncSplitBatchNorm`, in place.
 
-    Call it after loading pretrained weights and before the optimizer is made and the model is
-    wrapped: build, load, convert, optimizer, `accelerator.prepare`. Every split starts from the
-    layer's present parameters and statistics. Split 0 keeps the very parameters, so an optimizer
-    made earlier stays valid for them but knows nothing of the other splits.
+    The order is: build the model, load pretrained weights, convert, make the optimizer, wrap
+    (`accelerator.prepare`). Every split starts from the layer's present parameters and
+    statistics. The parameters of split 0 stay the same objects: an optimizer made earlier still
+    updates them, but does not have those of the other splits.
 
-    Converted are `nn.BatchNorm1d`, `2d` and `3d`, `nn.SyncBatchNorm`, subclasses of these that
-    keep their `forward`, and timm's `BatchNormAct2d`, `SyncBatchNormAct` and `SplitBatchNorm2d`.
-    Frozen batch norms and instance, group and layer norms are left alone.
+    Converted are `nn.BatchNorm1d`, `2d` and `3d`, `nn.SyncBatchNorm`, and timm's
+    `BatchNormAct2d`, `SyncBatchNormAct` and `SplitBatchNorm2d`; also their subclasses, if these
+    redefine no method of theirs (`__init__`, `extra_repr` and `_check_input_dim` aside). Methods
+    that a subclass adds are lost. Not touched are all other layers: instance, group and layer
+    norms, and frozen batch norms that are no `_BatchNorm`, such as torchvision's and timm's.
 
     Args:
         module: the model, or a batch norm itself.
         num_splits: number of splits S, at least 1.
-        process_group: the ranks to sum over, as `sync_group` makes them; None keeps the group of
-            an `nn.SyncBatchNorm` or of a layer already converted, and is all ranks otherwise.
-        share_affine: the splits share weight and bias, and differ in statistics alone.
+        process_group: the ranks to synchronize, from `sync_group` or `dist.new_group`; None keeps
+            the group of an `nn.SyncBatchNorm` or of a converted layer, and is all ranks otherwise.
+        share_affine: all splits share one weight and one bias; only their statistics differ.
 
     Returns:
         `module`.
 
     Raises:
-        TypeError: `module` is no module, or a batch norm in it cannot be converted: one with a
-            `forward` of its own, a lazy or a parametrized one. The message names it, and nothing
-            has been converted then.
-        ValueError: a split layer in it has another `num_splits` or `share_affine`.
-        RuntimeError: the model is wrapped by DataParallel, DDP or FSDP, or prepared by
-            accelerate, already.
+        TypeError: `module` is no module, or conversion would lose something of a batch norm in
+            it: a method redefined by its class or on the instance, a parametrization, lazy
+            parameters. The message has the path of the batch norm.
+        ValueError: a batch norm has an `eps` that is not positive, or tensors whose storage is
+            freed or whose shape is not [num_features]; or it is split already, but not as asked.
+        RuntimeError: the model is already wrapped by DataParallel, DDP or FSDP, or prepared by
+            accelerate. After any of these errors, no layer has been converted.
 
     Warns:
         UserWarning: `module` has no batch norm.
@@ -69,9 +80,12 @@ def convert_sync_split_batchnorm(
     norms = _batch_norms(module, converting=True)
     for path, norm in norms.items():
         _check_convertible(path, norm, num_splits, share_affine)
+    # One memo a split: parameters that layers share stay shared within each split.
     memos: list[dict[int, Any]] = [{} for _ in range(num_splits - 1)]
-    for norm in norms.values():
-        _convert(norm, process_group, share_affine, memos)
+    # All are made before a layer is changed: copying may fail.
+    auxiliaries = [_make_auxiliaries(norm, share_affine, memos) for norm in norms.values()]
+    for norm, made in zip(norms.values(), auxiliaries, strict=True):
+        _convert(norm, made, process_group, share_affine)
     if not norms:
         warnings.warn(
             f"module must contain a batch norm to be converted, got {type(module).__name__} "
@@ -82,19 +96,18 @@ def convert_sync_split_batchnorm(
 
 
 def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
-    """Convert every `SyncSplitBatchNorm` back into the plain layer it was, with one split's state.
+    """Convert every `SyncSplitBatchNorm` back into a plain batch norm, with one split's state.
 
-    The other splits are dropped and the state dict has the plain keys: what inference, export
-    and other libraries expect. To keep the split model, revert a `copy.deepcopy` of it.
+    The other splits are dropped, and the state dict has the keys of the plain model again, for
+    inference, export and other libraries. To keep the split model, revert a `copy.deepcopy`.
 
     Args:
         module: a model converted by `convert_sync_split_batchnorm`; it is changed in place.
-        split: whose parameters and statistics to keep, 0 to S - 1.
+        split: the split to keep, 0 to S - 1.
 
     Returns:
-        `module`, with the classes that were converted: `nn.BatchNorm1d`, `2d`, `3d`,
-        `nn.SyncBatchNorm` or timm's layers with an activation. timm's `SplitBatchNorm2d` becomes
-        the plain one.
+        `module`. Each layer has the class that it had before conversion; one that was timm's
+        `SplitBatchNorm2d` is `nn.BatchNorm2d`, or `BatchNormAct2d` if it has an activation.
 
     Raises:
         TypeError: `module` is no module, or a layer in it was not made by the converter.
@@ -114,18 +127,18 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
         for path, norm in _batch_norms(module, converting=False).items()
         if isinstance(norm, SyncSplitBatchNorm)
     }
-    if not isinstance(split, int):
+    if isinstance(split, bool) or not isinstance(split, int):
         raise TypeError(f"split must be an int, got {type(split).__name__}")
     for path, layer in layers.items():
         if not 0 <= split < layer.num_splits:
             raise ValueError(
                 f"split must be from 0 to num_splits - 1 = {layer.num_splits - 1} in "
-                f"{_named(path)}, got {split}"
+                f"{_describe(path)}, got {split}"
             )
         if layer._plain_class is None:
             raise TypeError(
-                f"{_named(path)} must be converted from a plain batch norm to be reverted, got a "
-                "SyncSplitBatchNorm built as such; build the model with nn.BatchNorm and convert it"
+                f"{_describe(path)} must have been converted from a plain batch norm, got a "
+                "SyncSplitBatchNorm from its constructor; build with nn.BatchNorm and convert that"
             )
     for layer in layers.values():
         _revert(layer, split)
@@ -139,7 +152,7 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
 
 
 def _batch_norms(module: nn.Module, *, converting: bool) -> dict[str, _BatchNorm]:
-    """Return the batch norms of a model by path, each once, without those inside another."""
+    """Return the batch norms of a model by path, without those inside another batch norm."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     wrappers = (
@@ -149,13 +162,13 @@ def _batch_norms(module: nn.Module, *, converting: bool) -> dict[str, _BatchNorm
     norms: dict[str, _BatchNorm] = {}
     inner: set[nn.Module] = set()
     for path, part in module.named_modules():
-        # accelerate's mark outlives the wrapper, which reverting does not mind.
+        # accelerate's mark stays on an unwrapped model, which may be reverted.
         prepared = converting and getattr(part, "_is_accelerate_prepared", False)
         if isinstance(part, wrappers) or prepared:
             raise RuntimeError(
-                f"{_named(path)} must not be wrapped or prepared yet, got "
-                f"{type(part).__name__}; convert first, then make the optimizer, then wrap, "
-                "and revert what unwrap_model gives back"
+                f"{_describe(path)} must not be wrapped or prepared yet, got "
+                f"{type(part).__name__}; convert, then make the optimizer, then wrap, "
+                "and unwrap before reverting"
             )
         if isinstance(part, _BatchNorm) and part not in inner:
             norms[path] = part
@@ -164,72 +177,162 @@ def _batch_norms(module: nn.Module, *, converting: bool) -> dict[str, _BatchNorm
 
 
 def _check_convertible(path: str, norm: _BatchNorm, num_splits: int, share_affine: bool) -> None:
-    """Raise, naming the layer, if its conversion would lose something."""
+    """Raise, with the path, if conversion would fail or lose something of this batch norm."""
     if isinstance(norm, (SyncSplitBatchNorm, *_timm_split())):
-        shared = getattr(norm, "share_affine", False)
-        if norm.num_splits != num_splits or shared != share_affine:
-            raise ValueError(
-                f"{_named(path)} must have num_splits={num_splits} and share_affine="
-                f"{share_affine} as asked, got a {type(norm).__name__} with "
-                f"num_splits={norm.num_splits} and share_affine={shared}; "
-                "convert a model with plain batch norms instead"
-            )
-        if any(aux._forward_hooks or aux._forward_pre_hooks for aux in norm.aux_bn):  # type: ignore[union-attr]
-            raise TypeError(
-                f"{_named(path)} must not have hooks on its auxiliaries, which are not called any "
-                "more, got some; remove them first"
-            )
-    if isinstance(norm, nn.SyncBatchNorm) and "aux_bn" in norm._modules:
+        _check_splits(path, norm, num_splits, share_affine)
+    elif "aux_bn" in norm._modules:
         raise TypeError(
-            f"{_named(path)} must not have been converted by nn.SyncBatchNorm before, got the "
-            "remains of a split layer; build the model anew, and convert it here alone"
+            f"{_describe(path)} must have no child aux_bn, got {type(norm).__name__} made from a "
+            "split layer by another converter; build the model anew and use this converter alone"
         )
-    if isinstance(norm, LazyModuleMixin) and norm.has_uninitialized_params():
+    if not isinstance(norm, SyncSplitBatchNorm):
+        _check_methods_and_state(path, norm)
+    try:
+        check_eps(norm.eps)
+    except ValueError as error:
+        raise ValueError(f"{error} in {_describe(path)}") from None
+
+
+def _check_splits(path: str, norm: _BatchNorm, num_splits: int, share_affine: bool) -> None:
+    """Raise if a split layer, ours or timm's, has other splits than asked for."""
+    shared = getattr(norm, "share_affine", False)
+    if norm.num_splits != num_splits or shared != share_affine:
+        raise ValueError(
+            f"{_describe(path)} must have num_splits={num_splits} and share_affine="
+            f"{share_affine} as asked, got {type(norm).__name__} with "
+            f"num_splits={norm.num_splits} and share_affine={shared}; "
+            "convert a model with plain batch norms instead"
+        )
+    if isinstance(norm, SyncSplitBatchNorm):
+        return
+    for i, aux in enumerate(norm.aux_bn):  # type: ignore[arg-type]
+        aux_path = f"{path}.aux_bn.{i}".lstrip(".")
+        if not isinstance(aux, _BatchNorm):
+            raise TypeError(
+                f"{_describe(aux_path)} must be a batch norm, got {type(aux).__name__}; "
+                "replace it by one"
+            )
+        if any(hooks for key, hooks in vars(aux).items() if key.endswith("hooks")):
+            raise TypeError(
+                f"{_describe(aux_path)} must have no hooks, which conversion would drop, got some; "
+                "remove them first"
+            )
+        _check_methods_and_state(aux_path, aux)
+        for name in COMMON:
+            expected, value = getattr(norm, name), getattr(aux, name)
+            if value != expected:
+                raise ValueError(
+                    f"{_describe(aux_path)} must have {name}={expected} as split 0 has, "
+                    f"got {value}; give all splits the same"
+                )
+
+
+def _check_methods_and_state(path: str, norm: _BatchNorm) -> None:
+    """Raise if our layer would not act on the same tensors, in the same way."""
+    kind = type(norm).__name__
+    if isinstance(norm, LazyModuleMixin):
         raise TypeError(
-            f"{_named(path)} must know its number of features, got an uninitialized "
-            f"{type(norm).__name__}; run one batch through the model first"
+            f"{_describe(path)} must know its number of features, got {kind}; "
+            "run one batch through the model first"
         )
     if not set(PARAMETERS) <= norm._parameters.keys():
         raise TypeError(
-            f"{_named(path)} must hold weight and bias as parameters, got a parametrized "
-            f"{type(norm).__name__}; remove the parametrization, convert, and put it back"
+            f"{_describe(path)} must hold weight and bias as parameters, got a parametrized "
+            f"{kind}; remove the parametrization, convert, and register it again"
         )
-    if "forward" in vars(norm) or type(norm).forward not in _known_forwards():
+    redefined = _redefined_methods(norm)
+    if redefined:
         raise TypeError(
-            f"{_named(path)} must have the forward of a known batch norm, got a "
-            f"{type(norm).__name__} with one of its own; replace that layer by hand"
+            f"{_describe(path)} must have the methods of a known batch norm, got {kind} with its "
+            f"own {', '.join(redefined)}, which conversion would drop; "
+            "replace that layer by a plain batch norm, or convert only the other parts of the model"
         )
+    if _ends_in_act(norm) and hasattr(norm, "drop") != hasattr(norm, "act"):
+        raise TypeError(
+            f"{_describe(path)} must have both drop and act or neither, got one of them; "
+            "set the other to nn.Identity()"
+        )
+    for name in PARAMETERS + BUFFERS[:2]:
+        value = getattr(norm, name)
+        if value is None:
+            continue
+        # Other kinds of tensor may have no storage.
+        is_ordinary = type(value) in (Tensor, nn.Parameter) and value.numel() > 0
+        if is_ordinary and value.untyped_storage().nbytes() == 0:
+            raise ValueError(
+                f"{name} must have memory in {_describe(path)}, got a tensor whose storage was "
+                "freed; restore it first"
+            )
+        if value.shape != (norm.num_features,):
+            raise ValueError(
+                f"{name} must have shape [num_features] = [{norm.num_features}] in "
+                f"{_describe(path)}, got {list(value.shape)}; set num_features to the true number"
+            )
+
+
+def _redefined_methods(norm: _BatchNorm) -> list[str]:
+    """Return the methods and properties that differ from those of the known class beneath.
+
+    New names do not count: torch does not call them.
+    """
+    kind = type(norm)
+    known = {_BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+    known.update(_timm_acts(), _timm_split())
+    base = next(cls for cls in kind.__mro__ if cls in known)
+    # An instance has more names: a subclass may make a property of `training`.
+    example = nn.SyncBatchNorm(1, affine=False, track_running_stats=False)
+    names = {*dir(example), "__copy__", "__deepcopy__"}
+    redefined = []
+    for name in sorted(names - HARMLESS):
+        own, stock = _lookup(kind, name), _lookup(base, name)
+        is_method = any(callable(value) or hasattr(value, "__get__") for value in (own, stock))
+        by_class = is_method and own is not stock
+        by_instance = name in vars(norm) and callable(stock)
+        if by_class or by_instance:
+            redefined.append(name)
+    return redefined
+
+
+def _lookup(kind: type, name: str) -> Any:
+    """Return a class attribute as it was defined, without calling descriptors; None if absent."""
+    return next((vars(cls)[name] for cls in kind.__mro__ if name in vars(cls)), None)
+
+
+def _make_auxiliaries(
+    norm: _BatchNorm, share_affine: bool, memos: list[dict[int, Any]]
+) -> list[Auxiliary]:
+    """Return the auxiliaries for a batch norm; timm's keep their tensors, others are copies."""
+    if isinstance(norm, SyncSplitBatchNorm):
+        return []
+    if isinstance(norm, _timm_split()):
+        return [
+            Auxiliary({name: getattr(aux, name) for name in PARAMETERS + BUFFERS})
+            for aux in norm.aux_bn
+        ]
+    return [Auxiliary.copy_of(norm, share_affine, memo) for memo in memos]
 
 
 def _convert(
-    norm: _BatchNorm, process_group: Any, share_affine: bool, memos: list[dict[int, Any]]
+    norm: _BatchNorm, auxiliaries: list[Auxiliary], process_group: Any, share_affine: bool
 ) -> None:
-    """Turn one batch norm into our layer."""
+    """Make one batch norm our layer."""
     if process_group is None:
         process_group = getattr(norm, "process_group", None)
     if isinstance(norm, SyncSplitBatchNorm):
         norm.process_group = process_group
         return
-    acts = _timm_acts()
-    ends_in_act = {cls.forward for cls in (*acts, *_timm_split())}
-    active = type(norm).forward in ends_in_act and {"drop", "act"} <= norm._modules.keys()
+    has_act = _ends_in_act(norm) and hasattr(norm, "act")
     plain: type[_BatchNorm] = type(norm)
     if isinstance(norm, _timm_split()):
-        auxiliaries = [
-            Auxiliary({name: getattr(aux, name) for name in PARAMETERS + BUFFERS})
-            for aux in norm.aux_bn
-        ]
-        plain = acts[0] if active else nn.BatchNorm2d
-    else:
-        auxiliaries = [Auxiliary.copy_of(norm, share_affine, memo) for memo in memos]
-    norm.__class__ = SyncSplitBatchNormAct if active else SyncSplitBatchNorm
+        plain = _timm_acts()[0] if has_act else nn.BatchNorm2d
+    norm.__class__ = SyncSplitBatchNormAct if has_act else SyncSplitBatchNorm
     assert isinstance(norm, SyncSplitBatchNorm)
     norm._plain_class = plain
-    norm._split(auxiliaries, process_group, share_affine)
+    norm._add_auxiliaries(auxiliaries, process_group, share_affine)
 
 
 def _revert(layer: SyncSplitBatchNorm, split: int) -> None:
-    """Turn one of our layers into the class it was converted from, with the state of `split`."""
+    """Make one of our layers the class that it was before conversion, with one split's state."""
     if split > 0:
         chosen = layer.aux_bn[split - 1]
         layer._parameters.update(chosen._parameters)
@@ -244,27 +347,26 @@ def _revert(layer: SyncSplitBatchNorm, split: int) -> None:
     layer.__class__ = plain  # type: ignore[assignment]
 
 
-def _known_forwards() -> set[Any]:
-    """Return the forward functions whose mathematics is ours."""
-    known = (_BatchNorm, nn.SyncBatchNorm, SyncSplitBatchNorm, SyncSplitBatchNormAct)
-    return {cls.forward for cls in (*known, *_timm_acts(), *_timm_split())}
+def _ends_in_act(norm: _BatchNorm) -> bool:
+    """Return whether a batch norm calls the `drop` and `act` that it may have."""
+    return isinstance(norm, (*_timm_acts(), *_timm_split()))
 
 
 def _timm_acts() -> tuple[Any, ...]:
-    """Return timm's layers with an activation, if they are there, the plain one first."""
+    """Return timm's layers with an activation, the plain one first, or () without timm."""
     return _loaded("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
 
 
 def _timm_split() -> tuple[Any, ...]:
-    """Return timm's split layer, if it is there."""
+    """Return timm's split layer, or () without timm."""
     return _loaded("timm.layers.split_batchnorm", "SplitBatchNorm2d")
 
 
 def _loaded(module: str, *names: str) -> tuple[Any, ...]:
-    """Return classes of a module that is imported already: nothing can be an instance before."""
+    """Return classes of a module if it is imported; if not, there are no instances of them."""
     return tuple(getattr(sys.modules[module], name) for name in names if module in sys.modules)
 
 
-def _named(path: str) -> str:
-    """Return how an error calls the module at `path`."""
+def _describe(path: str) -> str:
+    """Return the subject of an error about the module at `path`."""
     return f"module {path!r}" if path else "module"

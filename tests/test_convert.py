@@ -1,13 +1,17 @@
-"""Conversion keeps all there is, refuses what it cannot keep, and is undone exactly."""
+"""Conversion keeps everything, refuses what it would lose, and can be reverted exactly."""
 
 import copy
+import pickle
 import subprocess
 import sys
+from typing import Generic, TypeVar
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from sync_splitbn import (
@@ -95,6 +99,7 @@ def test_conversion_keeps_identity_hooks_attributes_and_the_graph():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     norm.weight.requires_grad_(False)
     norm.note, norm.qconfig = "kept", None
+    norm.bias._no_weight_decay = True
     seen = []
     norm.register_forward_hook(lambda module, args, output: seen.append("forward"))
     norm.register_full_backward_hook(lambda module, grads, outs: seen.append("backward"))
@@ -111,6 +116,7 @@ def test_conversion_keeps_identity_hooks_attributes_and_the_graph():
     assert not layer.weight.requires_grad
     assert not layer.aux_bn[0].weight.requires_grad
     assert layer.aux_bn[0].bias.requires_grad
+    assert layer.aux_bn[0].bias._no_weight_decay
     pointers = [value.data_ptr() for value in layer.state_dict().values()]
     assert len(set(pointers)) == len(pointers), "splits must not share memory"
     model(torch.randn(4, 3, 2, 2)).sum().backward()
@@ -184,18 +190,149 @@ def test_shared_affine_conversion_keeps_one_weight():
     assert back.running_mean.equal(mean)
 
 
-class Act(nn.BatchNorm2d):
-    """Stands for a batch norm with more in its forward than we know."""
-
-    def forward(self, input):
-        return super().forward(input).relu()
-
-
 class Net(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.first = nn.BatchNorm2d(4)
         self.block = nn.Sequential(nn.Identity(), norm)
+
+
+def assert_refused(norm, error, message):
+    """`norm` is refused with its path, and nothing else in its model is converted."""
+    model = Net(norm)
+    before, state = type(norm), list(model.state_dict())
+    with pytest.raises(error, match=message):
+        convert_sync_split_batchnorm(model)
+    assert type(model.first) is nn.BatchNorm2d
+    assert type(norm) is before
+    assert list(model.state_dict()) == state
+
+
+class Frozen(nn.BatchNorm2d):
+    """A batch norm that stays in evaluation, as detection models have it."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_frozen_batch_norm_is_refused():
+    """Its `forward` is the stock one: it became a layer that trains, without a word."""
+    assert_refused(
+        Frozen(4),
+        TypeError,
+        r"module 'block\.1' must have the methods of a known .*got "
+        r"Frozen with its own train, which conversion would drop; replace that layer",
+    )
+
+
+REDEFINED = [
+    *("forward", "train", "eval", "to", "half", "_apply", "state_dict", "load_state_dict"),
+    *("_load_from_state_dict", "_save_to_state_dict", "set_extra_state", "reset_running_stats"),
+    *("reset_parameters", "named_parameters", "parameters", "requires_grad_", "register_parameter"),
+    *("_call_impl", "__call__", "__setattr__", "__getattr__", "__getattribute__", "__delattr__"),
+    *("__setstate__", "__getstate__", "__reduce_ex__", "__eq__"),
+]
+
+
+@pytest.mark.parametrize("base", [nn.BatchNorm2d, nn.SyncBatchNorm], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("name", REDEFINED)
+def test_subclass_that_redefines_a_method_is_refused_by_its_name(name, base):
+    def method(self, *args, **kwargs):
+        return getattr(base, name)(self, *args, **kwargs)
+
+    own = type("Own", (base,), {name: method, "__hash__": base.__hash__})
+    assert_refused(own(4), TypeError, rf"module 'block\.1' .* got Own with its own {name}, ")
+
+
+class Freeze:
+    def train(self, mode=True):
+        return super().train(False)
+
+
+SUBCLASSES = {
+    "train": type("Mixed", (Freeze, nn.BatchNorm2d), {}),
+    "__deepcopy__": type("Copied", (nn.BatchNorm2d,), {"__deepcopy__": lambda self, memo: self}),
+    "eval": type("Without", (nn.BatchNorm2d,), {"eval": None}),
+    "training": type("Off", (nn.BatchNorm2d,), {"training": property(bool, lambda *_: None)}),
+    "forward": type("Plain", (_BatchNorm,), {"forward": nn.Module.forward}),
+    "eval, train": type("Two", (Frozen,), {"eval": Frozen.train}),
+}
+
+
+@pytest.mark.parametrize("names", SUBCLASSES)
+def test_mixin_property_and_deleted_method_count_as_redefined(names):
+    assert_refused(SUBCLASSES[names](4), TypeError, rf"with its own {names}, which")
+
+
+@pytest.mark.parametrize("name", ["forward", "train", "eval", "_apply", "state_dict"])
+def test_method_replaced_on_the_instance_is_refused(name):
+    norm = nn.BatchNorm2d(4)
+    setattr(norm, name, getattr(norm, name))
+    assert_refused(norm, TypeError, rf"got BatchNorm2d with its own {name}, which")
+
+
+T = TypeVar("T")
+
+
+class Harmless(nn.BatchNorm2d, Generic[T]):
+    """What no training, evaluation or state depends on."""
+
+    __constants__ = ("extra",)
+    momentum: float = 0.3
+    factor = 2.0
+
+    def __init__(self, num_features, extra=None):
+        super().__init__(num_features)
+        self.extra = extra
+
+    def __repr__(self):
+        return "Harmless()"
+
+    def extra_repr(self):
+        return "nothing"
+
+    def _get_name(self):
+        return "Name"
+
+    def _check_input_dim(self, input):
+        return None
+
+    def __len__(self):
+        return self.num_features
+
+    def fused_weight(self):
+        return self.weight / (self.running_var + self.eps).sqrt()
+
+    @property
+    def width(self):
+        return self.num_features
+
+
+class AnyRank(_BatchNorm):
+    """As mmengine has it."""
+
+    def _check_input_dim(self, input):
+        return None
+
+
+@pytest.mark.parametrize("kind", [Harmless, AnyRank, type("Deep", (Harmless, AnyRank), {})])
+def test_subclass_without_a_method_of_its_own_converts_and_reverts(kind):
+    norm = used(kind(4), (6, 4, 3, 3)).eval()
+    x = torch.randn(3, 4, 2, 2)
+    expected = norm(x)
+    layer = convert_sync_split_batchnorm(norm)
+    assert type(layer) is SyncSplitBatchNorm
+    assert layer(x).equal(expected)
+    assert type(revert_sync_split_batchnorm(layer)) is kind
+
+
+def test_class_derived_from_the_layer_is_left_as_it_is():
+    class Own(SyncSplitBatchNorm):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4), Own(4)))
+    assert [type(module) for module in model] == [SyncSplitBatchNorm, Own]
 
 
 def parametrized():
@@ -208,26 +345,151 @@ def parametrized():
     return norm
 
 
-def patched():
+def loaded_lazy():
+    """It has parameters, but num_features is 0."""
+    norm = nn.LazyBatchNorm2d()
+    norm.load_state_dict(nn.BatchNorm2d(4).state_dict())
+    return norm
+
+
+def nested():
     norm = nn.BatchNorm2d(4)
-    norm.forward = norm.forward
+    norm.aux_bn = nn.ModuleList([nn.BatchNorm2d(4)])
     return norm
 
 
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
-        (lambda: Act(4), "forward of a known batch norm, got a Act with one of its own"),
-        (patched, "forward of a known batch norm"),
-        (lambda: nn.LazyBatchNorm2d(), "know its number of features, got an uninitialized Lazy"),
-        (parametrized, "hold weight and bias as parameters, got a parametrized"),
+        (nn.LazyBatchNorm2d, "must know its number of features, got LazyBatchNorm2d; run one"),
+        (loaded_lazy, "must know its number of features, got LazyBatchNorm2d; run one"),
+        (parametrized, "must hold weight and bias as parameters, got a parametrized Par"),
+        (nested, "must have no child aux_bn, got BatchNorm2d"),
     ],
+    ids=["lazy", "loaded-lazy", "parametrized", "aux_bn"],
 )
-def test_norm_that_would_lose_something_is_refused_by_path_and_nothing_is_converted(norm, message):
-    model = Net(norm())
-    with pytest.raises(TypeError, match=rf"^module 'block\.1' must .*{message}"):
+def test_norm_that_would_lose_something_is_refused(norm, message):
+    assert_refused(norm(), TypeError, rf"^module 'block\.1' {message}")
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan")])
+def test_eps_must_be_positive_in_construction_and_conversion(eps):
+    assert_refused(
+        nn.BatchNorm2d(4, eps=eps), ValueError, rf"eps must be positive.* got {eps}.*'block\.1'"
+    )
+    with pytest.raises(ValueError, match=f"eps must be positive.* got {eps}"):
+        SyncSplitBatchNorm(4, eps=eps)
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)))
+    model[0].eps = eps
+    with pytest.raises(ValueError, match=r"eps must be positive.*module '0'"):
         convert_sync_split_batchnorm(model)
-    assert type(model.first) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_tensor_that_does_not_fit_num_features_is_refused(name):
+    """Pruning of channels forgets the number; zero.Init of DeepSpeed empties parameters."""
+    norm = nn.BatchNorm2d(4)
+    getattr(norm, name).data = torch.ones(3)
+    message = rf"{name} must have shape \[num_features\] = \[4\] in module 'block\.1', got \[3\]"
+    assert_refused(norm, ValueError, message)
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_tensor_with_freed_storage_is_refused(name):
+    """To copy it crashes the process."""
+    norm = nn.BatchNorm2d(4)
+    getattr(norm, name).untyped_storage().resize_(0)
+    message = rf"{name} must have memory in module 'block\.1', got a tensor whose storage was"
+    assert_refused(norm, ValueError, message)
+
+
+class Unique(torch.Tensor):
+    def clone(self):
+        raise RuntimeError("there is one of me")
+
+
+def test_nothing_is_converted_where_a_copy_fails():
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean = torch.ones(4).as_subclass(Unique)
+    assert_refused(norm, RuntimeError, "there is one of me")
+
+
+def test_layer_is_made_and_converted_with_fake_tensors():
+    """Stock batch norm is made so too; copy.deepcopy fails on its counter."""
+    with FakeTensorMode():
+        for layer in (SyncSplitBatchNorm(4), convert_sync_split_batchnorm(nn.BatchNorm1d(4))):
+            assert isinstance(layer.aux_bn[0].num_batches_tracked, FakeTensor)
+
+
+def test_buffer_with_a_graph_behind_it_is_copied_without():
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean = norm.running_mean * torch.ones(4, requires_grad=True)
+    layer = convert_sync_split_batchnorm(norm)
+    assert layer.running_mean.requires_grad
+    assert not layer.aux_bn[0].running_mean.requires_grad
+
+
+def test_layer_without_counters_is_copied_reset_saved_and_loaded():
+    """Stock batch norm computes without them, but cannot be reset."""
+    plain = nn.BatchNorm1d(4)
+    plain.num_batches_tracked = None
+    plain(torch.randn(5, 4))
+    state = copy.deepcopy(plain.state_dict())
+    layer = convert_sync_split_batchnorm(plain, num_splits=3)
+    assert not any("num_batches" in name for name in layer.state_dict())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert twin.aux_bn[1].num_batches_tracked is None
+    twin.reset_running_stats()
+    assert twin.aux_bn[1].running_mean.equal(torch.zeros(4))
+    twin.load_state_dict(layer.state_dict())
+    assert twin.aux_bn[1].running_mean.equal(layer.running_mean)
+    twin.load_state_dict(state)
+    back = revert_sync_split_batchnorm(twin, split=2)
+    assert list(back.state_dict()) == list(state)
+    assert back.num_batches_tracked is None
+
+
+def test_split_checkpoint_without_counters_loads_as_in_timm():
+    """A state dict without metadata counts as version 1 of batch norm, which had no counter."""
+    layer = SyncSplitBatchNorm(4, num_splits=3)
+    layer.num_batches_tracked += 5
+    layer.aux_bn[1].running_mean += 1
+    state = {k: v for k, v in layer.state_dict().items() if "num_batches" not in k}
+    fresh = SyncSplitBatchNorm(4, num_splits=3)
+    fresh.load_state_dict(state)
+    assert fresh.aux_bn[1].running_mean.equal(torch.ones(4))
+    assert fresh.num_batches_tracked == fresh.aux_bn[1].num_batches_tracked == 0
+    current = layer.state_dict()
+    del current["aux_bn.1.num_batches_tracked"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*aux_bn\.1\.num_batches_tracked"):
+        fresh.load_state_dict(current)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_conversion_by_another_converter_is_refused(num_splits):
+    """The splits would be lost: the other layer has no use for `aux_bn`."""
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), num_splits)
+    message = "must not be converted by another.* auxiliaries moved to a SyncBatchNorm; it is sync"
+    with pytest.raises(RuntimeError, match=message):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is SyncSplitBatchNorm
+    other = nn.BatchNorm2d(4)
+    with pytest.raises(RuntimeError, match="auxiliaries moved to a BatchNorm2d"):
+        other.aux_bn = model[0].aux_bn
+
+
+def test_layers_and_their_children_go_into_other_modules_as_ever():
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    nn.ModuleList(model.modules())
+    nn.Sequential(*model.children())
+    nn.ModuleDict(dict(model[1].named_children()))
+    for twin in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert list(twin.state_dict()) == list(model.state_dict())
+        assert isinstance(twin[1].aux_bn, nn.ModuleList)
+    model[1].aux_bn = model[1].aux_bn[:]
+    plain = nn.BatchNorm1d(4)
+    plain.aux_bn = nn.ModuleList()
+    assert list(plain.children()) == [plain.aux_bn]
 
 
 def test_initialized_lazy_norm_converts():
@@ -263,9 +525,10 @@ def test_revert_needs_a_split_and_a_class_to_return_to():
     model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
     with pytest.raises(ValueError, match=r"from 0 to num_splits - 1 = 1 in module '0', got 2"):
         revert_sync_split_batchnorm(model, split=2)
-    with pytest.raises(TypeError, match="split must be an int, got float"):
-        revert_sync_split_batchnorm(model, split=0.5)
-    with pytest.raises(TypeError, match="must be converted from a plain batch norm to be reverted"):
+    for split in (0.5, True):
+        with pytest.raises(TypeError, match=f"split must be an int, got {type(split).__name__}"):
+            revert_sync_split_batchnorm(model, split=split)
+    with pytest.raises(TypeError, match="must have been converted from a plain batch"):
         revert_sync_split_batchnorm(SyncSplitBatchNorm(4))
 
 

@@ -120,24 +120,93 @@ def test_timm_split_model_converts_and_keeps_every_split(name):
         assert value.equal(state[key])
     plain = revert_sync_split_batchnorm(ours, split=1)
     assert [type(m) for m in plain.modules()] == [type(m) for m in model_of(name).modules()]
-    with pytest.raises(ValueError, match=r"must have num_splits=2 .*got a SplitBatchNorm2d"):
+    with pytest.raises(ValueError, match=r"must have num_splits=2 .*got SplitBatchNorm2d"):
         convert_sync_split_batchnorm(timm.layers.convert_splitbn_model(model_of(name), 3), 2)
 
 
-def test_auxiliaries_with_hooks_are_refused():
-    model = timm.layers.convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(4)), 2)
-    model[0].aux_bn[0].register_forward_hook(lambda *args: None)
-    with pytest.raises(TypeError, match=r"module '0' must not have hooks on its auxiliaries"):
-        convert_sync_split_batchnorm(model, 2)
+def hooked(norm):
+    norm.aux_bn[0].register_forward_hook(lambda *args: None)
+
+
+def scaled(norm):
+    norm.aux_bn[0].eps = 0.1
+
+
+def frozen(norm):
+    norm.aux_bn[0].eval()
+
+
+def replaced(norm):
+    norm.aux_bn[0] = nn.Identity()
+
+
+def without_drop(norm):
+    norm.act = nn.ReLU()
+
+
+def own_forward(norm):
+    norm.aux_bn[0].forward = norm.aux_bn[0].forward
 
 
 @pytest.mark.parametrize(
-    "converter", ["convert_sync_batchnorm", "convert_splitbn_model", "freeze_batch_norm_2d"]
+    ("change", "error", "message"),
+    [
+        (hooked, TypeError, r"module '0\.aux_bn\.0' must have no hooks"),
+        (scaled, ValueError, r"module '0\.aux_bn\.0' must have eps=1e-05 .*, got 0\.1"),
+        (frozen, ValueError, r"module '0\.aux_bn\.0' must have training=True .*, got False"),
+        (replaced, TypeError, r"module '0\.aux_bn\.0' must be a batch norm, got Identity"),
+        (own_forward, TypeError, r"module '0\.aux_bn\.0' must have the methods .*its own forward"),
+        (without_drop, TypeError, r"module '0' must have both drop and act or neither"),
+    ],
 )
-def test_timm_converters_are_refused_on_a_converted_model(converter):
-    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), 2)
-    with pytest.raises(RuntimeError, match=f"must not be converted by others, got {converter}"):
+def test_split_layer_that_would_lose_something_is_refused(change, error, message):
+    model = timm.layers.convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(4)), 2)
+    change(model[0])
+    with pytest.raises(error, match=message):
+        convert_sync_split_batchnorm(model, 2)
+    assert type(model[0]) is timm.layers.SplitBatchNorm2d
+
+
+def test_split_layer_that_another_converter_took_is_refused():
+    model = timm.layers.convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(4)), 2)
+    model = timm.layers.convert_sync_batchnorm(model)
+    with pytest.raises(TypeError, match="must have no child aux_bn, got SyncBatchNorm"):
+        convert_sync_split_batchnorm(model, 2)
+
+
+def test_activation_that_is_a_function_is_kept():
+    norm = timm.layers.SplitBatchNorm2d(4)
+    norm.drop, norm.act = nn.Identity(), torch.relu
+    x = torch.randn(4, 4, 2, 2)
+    expected = copy.deepcopy(norm)(x)
+    torch.testing.assert_close(convert_sync_split_batchnorm(norm)(x), expected)
+
+
+def test_every_batch_norm_class_of_timm_converts():
+    classes, waiting = set(), [nn.modules.batchnorm._BatchNorm]
+    while waiting:
+        waiting += (found := waiting.pop().__subclasses__())
+        classes.update(kind for kind in found if kind.__module__.startswith("timm."))
+    assert {kind.__name__ for kind in classes} >= {"BatchNormAct2d", "SyncBatchNormAct"}
+    for kind in classes:
+        norm = convert_sync_split_batchnorm(kind(4))
+        assert isinstance(norm, SyncSplitBatchNorm), kind
+
+
+@pytest.mark.parametrize("converter", ["convert_sync_batchnorm", "convert_splitbn_model"])
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "BatchNormAct2d"])
+def test_conversion_by_timm_is_refused(converter, kind):
+    norm = (nn.BatchNorm2d if kind == "BatchNorm2d" else timm.layers.BatchNormAct2d)(4)
+    model = convert_sync_split_batchnorm(nn.Sequential(norm), 2)
+    with pytest.raises(RuntimeError, match="must not be converted by another converter, got its"):
         getattr(timm.layers, converter)(model)
+
+
+def test_freezing_by_timm_passes_over_a_converted_layer():
+    """It looks for two classes by name, and ours is neither: freeze first, or by requires_grad."""
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), 2)
+    assert timm.layers.freeze_batch_norm_2d(model)[0] is model[0]
+    assert isinstance(model[0], SyncSplitBatchNorm)
 
 
 def test_activation_needs_the_forward_of_timm():

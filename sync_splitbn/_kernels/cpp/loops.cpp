@@ -90,17 +90,15 @@ inline void add(const T* dy, const T* x, Vector<T> near, N n, Vector<T>& sum, Ve
 }
 
 // Adds what n elements of each feature gave to totals, [2C]: of u and u * v as they are, or, if
-// about_zero, of x and x^2.
-template <class A>
-inline void total(bool about_zero, const A* __restrict sums, const A* __restrict products,
-                  const A* __restrict near, int64_t n, int64_t width, double* __restrict plain,
-                  double* __restrict squares) {
+// ABOUT_ZERO, of x and x^2.
+template <bool ABOUT_ZERO, class A>
+inline void total(const A* __restrict sums, const A* __restrict products, const A* __restrict near,
+                  int64_t n, int64_t width, double* __restrict plain, double* __restrict squares) {
   const double count = n;
   for (int64_t c = 0; c < width; c++) {
-    const double sum = sums[c], product = products[c];
-    const double shift = about_zero ? near[c] : 0, around = count * shift;
-    plain[c] += sum + around;
-    squares[c] += product + shift * (2 * sum + around);
+    const double sum = sums[c], product = products[c], shift = near[c], around = count * shift;
+    plain[c] += ABOUT_ZERO ? sum + around : sum;
+    squares[c] += ABOUT_ZERO ? product + shift * (2 * sum + around) : product;
   }
 }
 
@@ -124,6 +122,7 @@ inline void add_features(const T* dy, const T* x, int64_t& row, int64_t end, int
 template <bool GRAD, class T>
 void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, int64_t features,
                    int64_t positions_per_row, double* totals) {
+  const auto add_totals = GRAD || mean ? total<false, Scalar<T>> : total<true, Scalar<T>>;
   for (int64_t from = 0; from < features; from += WIDTH) {
     const int64_t width = least(WIDTH, features - from);
     // Room for the whole of the last vector.
@@ -131,7 +130,7 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
     alignas(32) Scalar<T> near[SIZE], sums[SIZE], products[SIZE];
     vectors<T>(width, [&](int64_t c, auto some) {
       Vector<T> shift{};
-      if (mean)
+      if (GRAD || mean)
         shift = read(mean + from + c, some);
       else
         for (int i = 0; i < 4; i++) shift += read(x + n * i / 4 * features + from + c, some) / 4;
@@ -151,7 +150,7 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
         add_features<GRAD, 4>(of_dy, of_x, row, rows, stride, width, near, sums, products);
       add_features<GRAD, 1>(of_dy, of_x, row, rows, stride, width * once, near, sums, products);
       for (int64_t i = 0; i < once * width; i += width)
-        total(!mean, sums + i, products + i, near, rows, width, totals + from,
+        add_totals(sums + i, products + i, near, rows, width, totals + from,
                   totals + features + from);
       at += rows * once;
     }
@@ -202,12 +201,13 @@ inline void add_run(const T* dy, const T* x, int64_t n, Feature<T>& feature) {
 template <bool GRAD, class T>
 void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean, int64_t rows,
               int64_t from, int64_t to, Feature<T>* sums, double* totals) {
+  const auto add_totals = GRAD || mean ? total<false, double> : total<true, double>;
   const int64_t features = batch.features, length = batch.length;
   for (int64_t start = 0; start < length; start += RUN<T>) {
     const int64_t n = least(RUN<T>, length - start);
     for (int64_t c = from; c < to; c++) {
-      Scalar<T> near = mean ? mean[c] : 0;
-      for (int64_t i = 0; !mean && i < 4; i++)
+      Scalar<T> near = GRAD || mean ? mean[c] : 0;
+      for (int64_t i = 0; !(GRAD || mean) && i < 4; i++)
         near += read(x + (rows * i / 4 * features + c) * length + start + n * i / 4) / 4;
       sums[c].near = near;
       sums[c].sum = sums[c].product = Vector<T>{};
@@ -223,7 +223,7 @@ void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean
         sum += sums[c].sum[i];
         product += sums[c].product[i];
       }
-      total(!mean, &sum, &product, &near, n * rows, 1, totals + c, totals + features + c);
+      add_totals(&sum, &product, &near, n * rows, 1, totals + c, totals + features + c);
     }
   }
 }
@@ -291,7 +291,7 @@ void sum_batch(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mea
   const int64_t features = batch.features, length = batch.length, size = 2 * features;
   const int64_t all = batch.splits * size, shares = batch.shares;
   if (!elements(batch)) return;
-  const auto mean_of = [&](int64_t split) { return mean ? mean + split * features : nullptr; };
+  const auto mean_of = [&](int64_t split) { return GRAD || mean ? mean + split * features : nullptr; };
   parallel(batch, [&](int64_t share) {
     double* mine = totals + share * all;
     if (batch.channels_last)
