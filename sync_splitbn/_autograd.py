@@ -97,7 +97,8 @@ def _saved(splits: Splits, x: Tensor) -> Tensor | None:
     """
     if isinstance(splits, Tensor):
         return splits
-    return None if torch.compiler.is_compiling() else x.new_empty((0, hash(splits) % 2**31))
+    is_eager = not torch.compiler.is_compiling() and all(type(size) is int for size in splits)
+    return x.new_empty((0, hash(splits) % 2**31)) if is_eager else None
 
 
 def _all_or_none(parameters: Sequence[Tensor | None]) -> Sequence[Tensor] | None:

@@ -61,10 +61,10 @@ def sync_split_batch_norm(
         is [S].
 
     Raises:
-        TypeError: `input` is not floating, or `index` not integer.
+        TypeError: `input` or a parameter is not floating, or `index` not integer.
         RuntimeError: the named `impl` cannot compute here.
-        ValueError: a shape, a size, an index, `eps` or `impl` does not fit. It is raised on the
-            rank whose data are wrong, before the collective, so the others wait for their
+        ValueError: a shape, a size, a device, an index, `eps` or `impl` does not fit. It is raised
+            on the rank whose data are wrong, before the collective, so the others wait for their
             time-out: let the same call be right on every rank.
 
     Numerics:
@@ -230,6 +230,8 @@ def _by_split(
             f"tensors [C], got {list(got)}"
         )
     for each in values:
+        if not each.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {each.dtype}")
         if each.device != input.device:
             raise ValueError(
                 f"{name} must be on the device of input, {input.device}, got {each.device}; "

@@ -1,8 +1,11 @@
-"""What a test of the CPU kernels needs: their compiled loops, or the reason to skip."""
+"""The kernel modules that a CPU can try: ATen's, and the compiled loops or the reason to skip."""
 
 import pytest
+import torch
 
-from sync_splitbn._kernels import cpu
+from sync_splitbn._kernels import aten, cpu
 
-COMPILED = pytest.mark.skipif(cpu.missing is not None, reason=f"no compiled loops: {cpu.missing}")
+UNAVAILABLE = cpu.unavailable(torch.empty(0, 1))
+COMPILED = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"no compiled loops: {UNAVAILABLE}")
 IMPLS = ["aten", pytest.param("cpu", marks=COMPILED)]
+KERNELS = [pytest.param(aten, id="aten"), pytest.param(cpu, id="cpu", marks=COMPILED)]

@@ -10,6 +10,7 @@ import sync_splitbn
 
 ROOT = Path(sync_splitbn.__file__).parent
 FLOORS = [
+    {"__main__"},
     {"__init__"},
     {"convert", "diagnostics"},
     {"layer"},
@@ -17,8 +18,14 @@ FLOORS = [
     {"assignment", "functional"},
     {"_autograd"},
     {"_kernels"},
-    {"_kernels.aten", "_kernels.cpu", "_kernels.triton", "_collectives"},
-    {"_kernels._cpu"},
+    {
+        "_kernels.aten",
+        "_kernels.cpu",
+        "_kernels.operators",
+        "_kernels.triton",
+        "_collectives",
+    },
+    {"_kernels._cpu", "_kernels.triton_jit"},
     {"_moments"},
     {"data"},
 ]
@@ -38,7 +45,8 @@ def imports_of(path):
             module = [*folder, *(node.module or "").split(".")]
             for alias in node.names:
                 inside = ".".join(filter(None, [*module, alias.name]))
-                yield inside if inside in FLOOR else ".".join(filter(None, module))
+                outside = ".".join(filter(None, module)) or "__init__"
+                yield inside if inside in FLOOR else outside
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if not modules else []
@@ -52,6 +60,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 def test_imports_point_strictly_downward(path):
     for imported in imports_of(path):
         assert FLOOR[name_of(path)] < FLOOR[imported], f"{name_of(path)} imports {imported}"
+
+
+def test_layer_reaches_the_kernels_through_the_function_alone():
+    for name in ("layer", "_state", "assignment", "convert"):
+        for imported in imports_of(ROOT / f"{name}.py"):
+            assert not imported.startswith("_kernels"), f"{name} imports {imported}"
 
 
 def test_only_collectives_speaks_to_torch_distributed():

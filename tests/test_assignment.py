@@ -160,10 +160,13 @@ def test_model_without_the_layer_is_refused():
             ValueError,
             "process_group must contain this rank",
         ),
-        (
-            lambda: SyncSplitBatchNorm(3, eps=0)(torch.randn(4, 3)),
-            ValueError,
-            "eps must be positive, got 0",
+        *(
+            (call, ValueError, f"eps must be positive, got {eps}")
+            for eps in (0, -1e-5, float("nan"))
+            for call in (
+                lambda eps=eps: SyncSplitBatchNorm(3, eps=eps),
+                lambda eps=eps: sync_split_batch_norm(torch.randn(4, 3), 2, eps=eps),
+            )
         ),
         (
             lambda: sync_split_batch_norm(torch.randn(4, 3), 0),

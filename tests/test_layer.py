@@ -17,12 +17,11 @@ SHAPES = [(6, 5), (6, 5, 1), (6, 5, 7), (6, 5, 3, 4), (6, 5, 2, 3, 2), (6, 1, 3,
 HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # one rounding of an output near 2
 
 
-@pytest.fixture(params=["alone", "kernels"], autouse=True)
-def way(request, monkeypatch):
-    """A rank alone has each way in one call; have what ranks together, and other devices, do."""
-    if request.param == "kernels":
-        monkeypatch.setattr(_kernels, "of_alone", lambda kernels, group: None)
-        monkeypatch.setattr(_kernels.cpu, "follow", lambda *args: False)
+@pytest.fixture(params=["default", "aten"], autouse=True)
+def kernels(request, monkeypatch):
+    """Run each test with the kernels that serve here by default, and with ATen's."""
+    if request.param == "aten":
+        monkeypatch.setattr(_kernels, "default_unavailable", lambda x: "not in this test")
 
 
 def randomized(layer, seed=0):
@@ -336,13 +335,106 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant):
     model = nn.Sequential(nn.Linear(4, 4), SyncSplitBatchNorm(4), nn.Tanh(), nn.Linear(4, 1))
     twin = copy.deepcopy(model)
     x = torch.randn(40, 4, requires_grad=True)
-    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    once = copy.deepcopy(model.state_dict())
+    y.square().sum().backward()
+    for name, value in model.state_dict().items():
+        assert value.equal(once[name]), f"the second forward moved {name}"
     twin(x).square().sum().backward()
     for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert a.equal(b), name
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert model[1].num_batches_tracked == 1
+
+
+def test_input_without_gradient_leaves_the_parameters_theirs():
+    torch.manual_seed(0)
+    norm, x, dy = SyncSplitBatchNorm(3), *torch.randn(2, 8, 3, 6, 6)
+    norm(x).backward(dy)
+    part = x[4:].double()
+    centred = part - part.mean((0, 2, 3), keepdim=True)
+    centred /= (part.var((0, 2, 3), correction=0, keepdim=True) + norm.eps).sqrt()
+    expected = (dy[4:].double() * centred).sum((0, 2, 3))
+    torch.testing.assert_close(norm.aux_bn[0].weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.bias.grad, dy[:4].sum((0, 2, 3)))
+
+
+def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs():
+    torch.manual_seed(0)
+    layer, x, dy = SyncSplitBatchNorm(3), *torch.randn(2, 8, 3, 4)
+    twin, leaves = copy.deepcopy(layer), [x.clone().requires_grad_() for _ in range(2)]
+    layer.bias.requires_grad_(False)
+    layer.aux_bn[0].weight.requires_grad_(False)
+    for norm, leaf in ((layer, leaves[0]), (twin, leaves[1])):
+        norm(leaf).backward(dy)
+    assert layer.bias.grad is None
+    assert layer.aux_bn[0].weight.grad is None
+    assert leaves[0].grad.equal(leaves[1].grad)
+    assert layer.weight.grad.equal(twin.weight.grad)
+    assert layer.aux_bn[0].bias.grad.equal(twin.aux_bn[0].bias.grad)
+
+
+def test_statistics_saved_for_a_backward_pass_are_guarded():
+    """Autograd refuses to use what a training step has moved since."""
+    torch.manual_seed(0)
+    norm, x = SyncSplitBatchNorm(3), torch.randn(4, 3, 5, 5)
+    y = norm.eval()(x)
+    norm.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_running_statistics_of_any_type_are_updated(dtype):
+    torch.manual_seed(0)
+    norm, x = SyncSplitBatchNorm(3, momentum=0.5).to(dtype), torch.randn(8, 3, 6, 6) + 2
+    norm(x.to(dtype))
+    part = x.to(dtype)[4:].double()
+    for found, expected in (
+        (norm.aux_bn[0].running_mean, part.mean((0, 2, 3)) / 2),
+        (norm.aux_bn[0].running_var, part.var((0, 2, 3)) / 2 + 0.5),
+    ):
+        tolerance = {8: 1e-12, 4: 1e-6, 2: 1e-2}[dtype.itemsize]
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert norm.aux_bn[0].num_batches_tracked == 1
+
+
+def test_training_step_in_inference_mode_updates_the_running_statistics():
+    torch.manual_seed(0)
+    norm, twin, x = SyncSplitBatchNorm(3), SyncSplitBatchNorm(3), torch.randn(8, 3, 6, 6)
+    with torch.inference_mode():
+        y = norm(x)
+        made_here = SyncSplitBatchNorm(3)
+        made_here(x)
+    assert y.equal(twin(x).detach())
+    for layer in (norm, made_here):
+        for (name, a), b in zip(layer.named_buffers(), twin.buffers(), strict=True):
+            assert a.equal(b), name
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_layer_without_counters_counts_nothing(momentum):
+    """As plain batch norm, which then has no average to take: momentum None moves nothing."""
+    torch.manual_seed(0)
+    layer, plain = SyncSplitBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    for stats in (layer, *layer.aux_bn, plain):
+        stats.num_batches_tracked = None
+    x = torch.randn(8, 3)
+    layer(x)
+    plain(x[:4])
+    assert layer.num_batches_tracked is None
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+
+
+def test_counters_of_some_splits_alone_are_refused():
+    layer = SyncSplitBatchNorm(3)
+    layer.aux_bn[0].num_batches_tracked = None
+    with pytest.raises(RuntimeError, match=r"num_batches_tracked must be .* got 1 of 2"):
+        layer(torch.randn(4, 3))
 
 
 def test_two_forwards_before_one_backward_give_the_gradients_of_both():

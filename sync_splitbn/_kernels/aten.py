@@ -120,6 +120,9 @@ def update_running_stats(running: RunningStats, moments: Moments) -> None:
     for tensor in (*means, *variances):
         if not tensor.is_floating_point():
             raise TypeError(f"running statistics must be floating point, got {tensor.dtype}")
+    for counter in counters:
+        if counter.dtype == torch.bool or counter.is_complex():
+            raise TypeError(f"num_batches_tracked must be an integer, got {counter.dtype}")
     has_value, has_variance = moments.count >= 1, moments.count >= 2
     if counters:
         torch._foreach_add_(list(counters), list(has_value.long().unbind()))
