@@ -120,7 +120,7 @@ class SplitState(_BatchNorm):
         yield self
         yield from self.aux_bn
 
-    def _all(self, name: str) -> list[Tensor] | None:
+    def _parameters_by_split(self, name: str) -> list[Tensor] | None:
         """Return the parameter `name` of every split, [C] each, or None without it."""
         own: Tensor | None = getattr(self, name)
         if own is None:
@@ -129,14 +129,14 @@ class SplitState(_BatchNorm):
             return [own] * self.num_splits
         return [getattr(stats, name) for stats in self._splits()]
 
-    def _one(self, name: str, split: int) -> Tensor | None:
+    def _parameter_of_split(self, name: str, split: int) -> Tensor | None:
         """Return the parameter `name` of one split, [C], or None without it."""
         own: Tensor | None = getattr(self, name)
         if own is None or self.share_affine:
             return own
         if torch.is_grad_enabled():
             # Other splits get zero gradients, not None: DDP waits for every parameter.
-            every = self._all(name)
+            every = self._parameters_by_split(name)
             return None if every is None else torch.stack(every)[split]
         return own if split == 0 else getattr(self.aux_bn[split - 1], name)
 

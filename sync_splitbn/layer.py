@@ -110,8 +110,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
-            self._all("weight"),
-            self._all("bias"),
+            self._parameters_by_split("weight"),
+            self._parameters_by_split("bias"),
             sizes=sizes,
             index=index,
             eps=self.eps,
@@ -149,8 +149,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             input,
             mean,
             var,
-            self._all("weight"),
-            self._all("bias"),
+            self._parameters_by_split("weight"),
+            self._parameters_by_split("bias"),
             sizes=sizes,
             index=index,
             eps=self.eps,
@@ -160,7 +160,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         """Normalize all rows by the running statistics of one split, as plain batch norm does."""
         dtype = accumulation_dtype(input.dtype)
         stats: Any = self if split == 0 else self.aux_bn[split - 1]
-        weight, bias = (self._one(name, split) for name in PARAMETERS)
+        weight, bias = (self._parameter_of_split(name, split) for name in PARAMETERS)
         return F.batch_norm(
             input,
             stats.running_mean.to(dtype),
