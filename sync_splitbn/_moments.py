@@ -140,3 +140,16 @@ def check_tensors(
                 f"{name} must be on the device of input, {device}, got {tensor.device}; "
                 "move the layer there with .to(), or with .to_empty() from meta"
             )
+
+
+def check_storage(name: str, tensor: Tensor) -> None:
+    """Raise if the memory of a tensor on the CPU was freed, which not all operators notice."""
+    if not tensor.is_cpu or not tensor.numel() or torch.compiler.is_compiling():
+        return
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if tensor.untyped_storage().nbytes() < end:
+        raise RuntimeError(
+            f"{name} must have storage for its {tensor.numel()} elements, "
+            f"got {tensor.untyped_storage().nbytes()} bytes; it was freed or resized"
+        )

@@ -120,14 +120,23 @@ class SplitState(_BatchNorm):
         yield self
         yield from self.aux_bn
 
+    def _by_split(self, name: str) -> list[Tensor] | None:
+        """Return the parameter or buffer `name` of every split, or None where all lack it."""
+        tensors = [getattr(stats, name) for stats in self._splits()]
+        missing = sum(tensor is None for tensor in tensors)
+        if 0 < missing < len(tensors):
+            raise RuntimeError(
+                f"{name} must be a tensor in every split or None in all, "
+                f"got None in {missing} of {len(tensors)}"
+            )
+        return None if missing else tensors
+
     def _parameters_by_split(self, name: str) -> list[Tensor] | None:
         """Return the parameter `name` of every split, [C] each, or None without it."""
+        if not self.share_affine:
+            return self._by_split(name)
         own: Tensor | None = getattr(self, name)
-        if own is None:
-            return None
-        if self.share_affine:
-            return [own] * self.num_splits
-        return [getattr(stats, name) for stats in self._splits()]
+        return None if own is None else [own] * self.num_splits
 
     def _parameter_of_split(self, name: str, split: int) -> Tensor | None:
         """Return the parameter `name` of one split, [C], or None without it."""

@@ -18,6 +18,7 @@ from ._moments import (
     check_eps,
     check_num_splits,
     check_sizes,
+    check_storage,
 )
 
 
@@ -201,6 +202,7 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
             f"index must be on the device of input, {input.device}, got {index.device}; "
             "move it there with the batch"
         )
+    check_storage("index", index)
     index = index.long()
     message = f"index must hold splits from 0 to num_splits - 1 = {num_splits - 1}"
     inside = ((index >= 0) & (index < num_splits)).all()

@@ -106,7 +106,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         # Activation checkpointing runs forward again inside backward: count a batch once.
         is_recompute = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        is_tracking = self.training and self.track_running_stats and self.running_mean is not None
+        is_tracking = self.training and self.track_running_stats
+        means = self._by_split("running_mean") if is_tracking else None
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
@@ -118,24 +119,18 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sync=self.training,
             process_group=self.process_group,
         )
-        if is_tracking and not self._stats_frozen and not is_recompute:
-            self._update_running_stats(moments)
+        if means is not None and not self._stats_frozen and not is_recompute:
+            self._update_running_stats(means, moments)
         return output
 
-    def _update_running_stats(self, moments: Moments) -> None:
+    def _update_running_stats(self, means: list[Tensor], moments: Moments) -> None:
         """Update every split's running statistics by the moments of all ranks."""
-        splits = list(self._splits())
-        counters = [stats.num_batches_tracked for stats in splits]
+        variances = self._by_split("running_var")
+        if variances is None:
+            raise RuntimeError("running_var must be a tensor where running_mean is one, got None")
         # As in plain batch norm, None counts nothing, and then there is no average to take.
-        counted = [counter for counter in counters if counter is not None]
-        if counted and len(counted) < len(counters):
-            raise RuntimeError(
-                "num_batches_tracked must be a buffer of every split or None in all, "
-                f"got {len(counted)} of {len(counters)}"
-            )
-        means = [stats.running_mean for stats in splits]
-        variances = [stats.running_var for stats in splits]
-        update_running_stats(RunningStats(means, variances, counted, self.momentum), moments)
+        counters = self._by_split("num_batches_tracked") or []
+        update_running_stats(RunningStats(means, variances, counters, self.momentum), moments)
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""

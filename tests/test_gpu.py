@@ -8,7 +8,12 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
-from sync_splitbn import SyncSplitBatchNorm, assign_splits, convert_sync_split_batchnorm
+from sync_splitbn import (
+    SyncSplitBatchNorm,
+    _kernels,
+    assign_splits,
+    convert_sync_split_batchnorm,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +30,13 @@ def nccl(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.fixture(params=["default", "aten"])
+def kernels(request, monkeypatch):
+    """Run a test with the kernels that serve here by default, and with ATen's."""
+    if request.param == "aten":
+        monkeypatch.setattr(_kernels, "default_unavailable", lambda x: "not in this test")
+
+
 def model_of(dtype=torch.float32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -33,7 +45,7 @@ def model_of(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_gpu_equals_cpu_in_float64(dtype, memory_format):
+def test_gpu_equals_cpu_in_float64(dtype, memory_format, kernels):
     layer = SyncSplitBatchNorm(8).cuda()
     truth = copy.deepcopy(layer).cpu().double()
     x = torch.randn(6, 8, 5, 5, device="cuda").to(dtype).contiguous(memory_format=memory_format)
@@ -53,7 +65,7 @@ def test_gpu_equals_cpu_in_float64(dtype, memory_format):
 
 
 @pytest.mark.parametrize("how", ["default", "sizes", "only", "index"])
-def test_training_step_does_not_synchronize_with_the_host(how, nccl):
+def test_training_step_does_not_synchronize_with_the_host(how, nccl, kernels):
     model = model_of()
     x = torch.randn(6, 3, 5, 5, device="cuda")
     index = torch.tensor([0, 1, 1, 0, 1, 0], device="cuda")
@@ -71,7 +83,7 @@ def test_training_step_does_not_synchronize_with_the_host(how, nccl):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_training_step_is_captured_and_replayed(nccl):
+def test_training_step_is_captured_and_replayed(nccl, kernels):
     model, twin = model_of(), model_of()
     static = torch.randn(6, 3, 5, 5, device="cuda")
     data = torch.randn(3, 6, 3, 5, 5, device="cuda")

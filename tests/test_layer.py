@@ -433,7 +433,7 @@ def test_layer_without_counters_counts_nothing(momentum):
 def test_counters_of_some_splits_alone_are_refused():
     layer = SyncSplitBatchNorm(3)
     layer.aux_bn[0].num_batches_tracked = None
-    with pytest.raises(RuntimeError, match=r"num_batches_tracked must be .* got 1 of 2"):
+    with pytest.raises(RuntimeError, match=r"num_batches_tracked must be .* in 1 of 2"):
         layer(torch.randn(4, 3))
 
 

@@ -11,7 +11,7 @@ import traceback
 import warnings
 
 import pytest
-import ranks  # noqa: F401, so that what follows is said last
+import ranks  # noqa: F401  # its preload list must not follow ours
 import torch
 from compiled import COMPILED, IMPLS
 from torch import nn
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits
+from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, sync_split_batch_norm
 
 STATE = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 REFUSED = (RuntimeError, TypeError, ValueError, NotImplementedError)
@@ -893,3 +893,41 @@ def test_operators_refuse_what_does_not_fit():
     ):
         with pytest.raises((*REFUSED, AttributeError, IndexError)):
             call()
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 16])
+@isolated
+def test_index_without_its_storage_is_refused(kept_bytes):
+    index = torch.zeros(8, dtype=torch.int64)
+    index.untyped_storage().resize_(kept_bytes)
+    with pytest.raises(RuntimeError, match="index must have storage for its 8 elements"):
+        sync_split_batch_norm(torch.randn(8, 3), 2, index=index)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize(
+    "name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+)
+def test_state_that_one_split_lacks_is_refused(name, split):
+    """Where split 0 lacked it, that of the others was dropped without a word."""
+    layer = SyncSplitBatchNorm(3)
+    setattr(layer if split == 0 else layer.aux_bn[0], name, None)
+    with pytest.raises(RuntimeError, match=f"{name} must be a tensor in every split or None"):
+        layer(torch.randn(4, 3))
+
+
+def test_missing_running_variances_are_refused():
+    layer = SyncSplitBatchNorm(3)
+    layer.running_var = layer.aux_bn[0].running_var = None
+    with pytest.raises(RuntimeError, match="running_var must be a tensor where running_mean is"):
+        layer(torch.randn(4, 3))
+
+
+@COMPILED
+def test_overlapping_running_statistics_are_refused_before_any_moves():
+    layer = SyncSplitBatchNorm(3)
+    layer.aux_bn[0].running_mean = torch.zeros(1).expand(3)
+    with pytest.raises(RuntimeError, match="running_mean must not overlap itself in memory"):
+        layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 0
+    assert layer.running_mean.equal(torch.zeros(3))

@@ -149,6 +149,8 @@ def _converted(t: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a contiguous tensor of a type from which the values can go back to `t`, or raise."""
     if not (torch.can_cast(t.dtype, dtype) and torch.can_cast(dtype, t.dtype)):
         raise TypeError(f"{name} must be of a type like {dtype}, got {t.dtype}")
+    if any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride(), strict=True)):
+        raise RuntimeError(f"{name} must not overlap itself in memory, got an expanded tensor")
     return t.to(dtype).contiguous()
 
 

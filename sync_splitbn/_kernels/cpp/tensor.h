@@ -88,6 +88,7 @@ struct Tensor {
             "%s must have storage for its elements, got %lld bytes; it was freed or resized", name,
             (long long)bytes);
     address = Owned(call(tensor, DATA_PTR)).integer();
+    require(address || !elements(), PyExc_RuntimeError, "%s must have an address, got none", name);
   }
 
   int64_t elements() const {
