@@ -26,4 +26,4 @@ assert loops.__file__.startswith('$work'), loops.__file__
 assert b'__asan_init' in open(loops.__file__, 'rb').read(), 'not compiled with the sanitizers'
 ")
 # Not captured: what a sanitizer says would be lost with the process.
-pytest --capture=no --timeout 600 "$@" tests/test_kernels.py
+pytest --capture=no --timeout 600 "$@" tests/test_kernels.py tests/test_memory.py
