@@ -123,13 +123,13 @@ class SplitState(_BatchNorm):
     def _by_split(self, name: str) -> list[Tensor] | None:
         """Return the parameter or buffer `name` of every split, or None where all lack it."""
         tensors = [getattr(stats, name) for stats in self._splits()]
-        missing = sum(tensor is None for tensor in tensors)
-        if 0 < missing < len(tensors):
+        found = [tensor for tensor in tensors if tensor is not None]
+        if found and len(found) < len(tensors):
             raise RuntimeError(
                 f"{name} must be a tensor in every split or None in all, "
-                f"got None in {missing} of {len(tensors)}"
+                f"got None in {len(tensors) - len(found)} of {len(tensors)}"
             )
-        return None if missing else tensors
+        return found or None
 
     def _parameters_by_split(self, name: str) -> list[Tensor] | None:
         """Return the parameter `name` of every split, [C] each, or None without it."""
