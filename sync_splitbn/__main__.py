@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _report(device: torch.device, title: str, compiled: str) -> None:
-    """Print who serves each type on a device, with impl=None in eager code."""
+    """Print who serves each type on a device with impl=None."""
     print(f"{title}:")
     for dtype in DTYPES:
         x = torch.empty(0, 1, dtype=dtype, device=device)
@@ -41,7 +41,8 @@ def _report(device: torch.device, title: str, compiled: str) -> None:
             reason = _kernels.default_unavailable(x)
         serves = compiled if reason is None else f"aten; {compiled}: {reason}"
         print(f"  {str(dtype).removeprefix('torch.'):9}{serves}")
-    print("  compiled graphs (torch.compile) take aten, which inductor fuses")
+    if device.type == "cuda":
+        print("  compiled graphs (torch.compile) take aten, which inductor fuses")
 
 
 def _version(package: str) -> str:

@@ -75,19 +75,11 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 sums = reduce(local, ctx.group)
                 dx = kernels.grad_input(dy, x, splits, moments, affine, sums)
-        halves = local.reshape(
-            2 * len(weights), x.shape[1]
-        ).unbind()  # dbias, dweight of split 0, ...
-        parameters = zip(ctx.needs_input_grad[6:], halves[1::2] + halves[::2], strict=True)
-        return (
-            dx,
-            None,
-            None,
-            None,
-            None,
-            None,
-            *(dp if needed else None for needed, dp in parameters),
-        )
+        # The rows are dbias and dweight of split 0, then of split 1, and so on.
+        rows = local.reshape(2 * len(weights), x.shape[1]).unbind()
+        parameters = zip(ctx.needs_input_grad[6:], rows[1::2] + rows[::2], strict=True)
+        not_tensors = (None,) * 5
+        return dx, *not_tensors, *(grad if needed else None for needed, grad in parameters)
 
 
 def _saved(splits: Splits, x: Tensor) -> Tensor | None:

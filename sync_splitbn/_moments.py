@@ -86,6 +86,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_sums(x: Tensor, num_splits: int) -> Tensor:
+    """Return memory for the sums of x, or for moments, [S, 2C + 1]."""
+    return x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
+
+
+def empty_grad_sums(x: Tensor, num_splits: int) -> Tensor:
+    """Return memory for the sums of dy, [S, 2C]."""
+    return x.new_empty((num_splits, 2 * x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
 def as_dense(x: Tensor) -> Tensor:
     """Return `x` in one of the two layouts of the kernels: contiguous, or with innermost channels.
 

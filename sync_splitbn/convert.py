@@ -340,7 +340,8 @@ def _revert(layer: SyncSplitBatchNorm, split: int) -> None:
     plain = layer._plain_class
     assert plain is not None
     del layer.aux_bn
-    for name in ("num_splits", "share_affine", "_plain_class", "_assignment", "_stats_frozen"):
+    contexts = "_assignment", "_stats_frozen", "_is_compiled"
+    for name in ("num_splits", "share_affine", "_plain_class", *contexts):
         vars(layer).pop(name, None)
     if not issubclass(plain, nn.SyncBatchNorm):
         del layer.process_group

@@ -13,7 +13,14 @@ from torch import nn
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
 
-from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, sync_split_batch_norm
+from sync_splitbn import (
+    SyncSplitBatchNorm,
+    _kernels,
+    assign_splits,
+    convert_sync_split_batchnorm,
+    revert_sync_split_batchnorm,
+    sync_split_batch_norm,
+)
 
 # The first compilation of a process takes half a minute on two slow cores.
 pytestmark = [
@@ -151,6 +158,15 @@ def test_first_compiled_sizes_that_do_not_fit_are_refused():
     compiled = torch.compile(layer := SyncSplitBatchNorm(3), backend="aot_eager")
     with assign_splits(layer, sizes=(2, 3)), pytest.raises(ValueError, match="must sum to"):
         compiled(torch.randn(6, 3))
+
+
+def test_reverted_layer_keeps_nothing_of_its_compilation():
+    layer = convert_sync_split_batchnorm(nn.BatchNorm1d(3))
+    torch.compile(layer, backend="eager")(torch.randn(4, 3))
+    assert vars(layer)["_is_compiled"]
+    # torch.compile leaves a mark of its own.
+    left = vars(revert_sync_split_batchnorm(layer)).keys() - vars(nn.BatchNorm1d(3)).keys()
+    assert left <= {"_is_torch_compile"}
 
 
 def test_eager_sizes_make_no_tensor(monkeypatch):

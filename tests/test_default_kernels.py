@@ -111,3 +111,5 @@ def test_report_tells_who_computes():
     serves = _kernels.default_unavailable(torch.empty(0, 1))
     assert f"float32  {'cpu' if serves is None else 'aten; cpu: ' + serves}" in report.stdout
     assert "CUDA" in report.stdout
+    # On a CPU compiled graphs take the loops too.
+    assert ("take aten" in report.stdout) == torch.cuda.is_available()

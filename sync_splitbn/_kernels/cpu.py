@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._moments import Affine, Moments, RunningStats, Splits, accumulation_dtype, as_dense
+from .._moments import (
+    Affine,
+    Moments,
+    RunningStats,
+    Splits,
+    accumulation_dtype,
+    as_dense,
+    empty_grad_sums,
+    empty_sums,
+)
 
 _not_loaded: str | None = None
 try:
@@ -46,7 +55,7 @@ def unavailable(x: Tensor) -> str | None:
 def sums(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
     """Return the local [sum of x | sum of x^2 | count], [S, 2C + 1], float64."""
     x = as_dense(x)
-    out = x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
+    out = empty_sums(x, num_splits)
     _cpu.sums(x, _contiguous(splits), num_splits, torch.get_num_threads(), out)
     return out
 
@@ -72,7 +81,7 @@ def normalize_batch(
     """Return y by the moments of `x` itself, and these."""
     x = as_dense(x)
     y = torch.empty_like(x)
-    values = x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
+    values = empty_sums(x, num_splits)
     _cpu.normalize_batch(*_arguments(x, splits, values), *_parameters(affine), affine.eps, y)
     return y, Moments(values)
 
@@ -80,7 +89,7 @@ def normalize_batch(
 def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
     """Return the local [sum of dy | sum of dy * xhat], [S, 2C], accumulation type."""
     x, values = as_dense(x), moments.values.contiguous()
-    dy, sums = _in_layout_of(x, dy), _empty_sums(x, values)
+    dy, sums = _in_layout_of(x, dy), empty_grad_sums(x, values.shape[0])
     _cpu.grad_sums(dy, *_arguments(x, splits, values), None, affine.eps, sums, None)
     return sums
 
@@ -101,7 +110,7 @@ def grad_batch(
     """Return the gradient of `x` by the sums of `dy` itself, and these."""
     x, values = as_dense(x), moments.values.contiguous()
     dy, dx, (weights, _) = _in_layout_of(x, dy), torch.empty_like(x), _parameters(affine)
-    sums = _empty_sums(x, values)
+    sums = empty_grad_sums(x, values.shape[0])
     _cpu.grad_batch(dy, *_arguments(x, splits, values), weights, affine.eps, sums, dx)
     return dx, sums
 
@@ -161,11 +170,6 @@ def _parameters(affine: Affine) -> tuple[list[Tensor] | None, list[Tensor] | Non
         None if weights is None else [each.contiguous() for each in weights],
         None if biases is None else [each.contiguous() for each in biases],
     )
-
-
-def _empty_sums(x: Tensor, values: Tensor) -> Tensor:
-    shape = values.shape[0], 2 * x.shape[1]
-    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
 def _in_layout_of(x: Tensor, dy: Tensor) -> Tensor:

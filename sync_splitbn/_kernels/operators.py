@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .._moments import Affine, Moments, RunningStats, Splits, accumulation_dtype, as_dense
+from .._moments import (
+    Affine,
+    Moments,
+    RunningStats,
+    Splits,
+    as_dense,
+    empty_grad_sums,
+    empty_sums,
+)
 
 _ROWS = "Tensor x, Tensor? index, SymInt[]? sizes"
 # Lists that are empty for None: the dispatcher does not look into a "Tensor[]?".
@@ -173,33 +181,24 @@ def _affine(weights: Any, biases: Any, eps: float) -> Affine:
     return Affine(weights or None, biases or None, eps)
 
 
-def _empty_moments(x: Tensor, num_splits: int) -> Tensor:
-    return x.new_empty((num_splits, 2 * x.shape[1] + 1), dtype=torch.float64)
-
-
-def _empty_sums(x: Tensor, moments: Tensor) -> Tensor:
-    shape = moments.shape[0], 2 * x.shape[1]
-    return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
-
-
 def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(as_dense(x))
 
 
 # What the operators return, without its values.
 _EMPTY_RESULTS: dict[Any, Callable[..., Any]] = {
-    _SUMS: lambda x, index, sizes, num_splits: _empty_moments(x, num_splits),
+    _SUMS: lambda x, index, sizes, num_splits: empty_sums(x, num_splits),
     _MOMENTS: torch.empty_like,
     _NORMALIZE: lambda x, *rest: _empty_like(x),
     _NORMALIZE_BATCH: lambda x, index, sizes, num_splits, *affine: (
         _empty_like(x),
-        _empty_moments(x, num_splits),
+        empty_sums(x, num_splits),
     ),
-    _GRAD_SUMS: lambda dy, x, index, sizes, moments, *rest: _empty_sums(x, moments),
+    _GRAD_SUMS: lambda dy, x, index, sizes, moments, *rest: empty_grad_sums(x, moments.shape[0]),
     _GRAD_INPUT: lambda dy, x, *rest: _empty_like(x),
     _GRAD_BATCH: lambda dy, x, index, sizes, moments, *rest: (
         _empty_like(x),
-        _empty_sums(x, moments),
+        empty_grad_sums(x, moments.shape[0]),
     ),
     _UPDATE: lambda *arguments: None,
 }
