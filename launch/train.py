@@ -1,211 +1,194 @@
-"""Supervised training with augmentation splits; `python -m launch.train --help` says how.
+"""Supervised training with augmentation splits: timm's recipe, over all ranks.
 
-A batch is laid out [clean | augmented | augmented ...]; with `--split-bn` each part has batch
-norms of its own, whose statistics cover that part on all ranks.
+Every image becomes S views, the first clean, the others augmented. A batch is laid out
+[clean | augmented | ...], and with `--split-bn` each part has batch norms of its own, whose
+statistics cover that part on all ranks. `python -m launch.train --help` says how.
 """
 
 import argparse
-import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import save_file
+from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from sync_splitbn import convert_sync_split_batchnorm, revert_sync_split_batchnorm
-from sync_splitbn.data import SplitViews
+from sync_splitbn import convert_sync_split_batchnorm
+from sync_splitbn.data import SplitViews, merge_views
 
-from .checkpoints import Checkpoints
-from .datasets import MNIST_MEAN, MNIST_STD, mnist
-from .engine import Task, Trainer
-from .interrupt import EXIT_INTERRUPTED, Interruption, leave_signals_to_rank
-from .losses import jsd_cross_entropy, split_cross_entropy
-from .model import SmallResNet
-from .optimization import sgd, warmup_cosine
-from .options import INDECISIVE, parse_arguments
-from .report import Report
-from .start import start
-from .views import View, split_transforms
+from .images.sets import count_channels, count_classes, load_images
+from .recipe.evaluation import divergence_metrics, evaluate
+from .recipe.loading import test_loader, training_loader
+from .recipe.losses import create_criterion
+from .recipe.models import build_model
+from .recipe.optimization import create_ema, create_optimizer, create_schedule
+from .recipe.options import (
+    Parser,
+    add_augmentation_options,
+    add_data_options,
+    add_optimization_options,
+    add_run_options,
+)
+from .recipe.report import draw_accuracy, draw_divergence, draw_loss, new_figure
+from .recipe.run import Recipe, run_recipe
+from .recipe.trainer import Task
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or exit with a message that says what must hold."""
+    parser = Parser(
+        "launch.train",
+        "Train a network with augmentation splits (timm's recipe) and batch norms that are split "
+        "and synchronized, on a folder of images or on 5,000 bundled MNIST digits.",
+    )
+    add_data_options(parser)
+    _add_split_options(parser)
+    add_optimization_options(parser)
+    add_run_options(parser)
+    options = parser.parse(arguments)
+    if options.aug_splits == 1 or options.aug_splits < 0:
+        parser.refuse("aug_splits", f"must be 0 or at least 2, got {options.aug_splits}")
+    for name in ("split_bn", "resplit", "jsd_loss"):
+        if getattr(options, name) and options.aug_splits < 2:
+            parser.refuse(
+                name, f"must come with --aug-splits of at least 2, got {options.aug_splits}"
+            )
+    splits = options.aug_splits if options.split_bn else 1
+    if not 0 <= options.eval_split < splits:
+        parser.refuse("eval_split", f"must be in [0, {splits - 1}], got {options.eval_split}")
+    return options
+
+
+def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
+    """Return data, model, optimizer and schedule: build, load, convert, optimizer, prepare."""
+    model = build_model(
+        options, num_classes=count_classes(options), in_channels=count_channels(options)
+    )
+    if options.split_bn:
+        model = convert_sync_split_batchnorm(model, options.aug_splits)
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    model = model.to(accelerator.device, memory_format=memory_format)
+    optimizer = create_optimizer(options, model, ranks=accelerator.num_processes)
+    ema = create_ema(options, model)
+
+    images = load_images(options, model)
+    views = SplitViews(
+        images.train,
+        images.views(max(1, options.aug_splits), resplit=options.resplit),
+        seed=options.seed,
+    )
+    if options.torchcompile:
+        model.compile(backend=options.torchcompile)
+    loader = training_loader(options, accelerator, views)
+    tests = test_loader(options, accelerator, images)
+    model, optimizer, loader, tests = accelerator.prepare(model, optimizer, loader, tests)
+    schedule = create_schedule(options, optimizer.optimizer, steps=len(loader))
+    # Ranks drop different units, as in timm; the weights and the order are the same.
+    set_seed(options.seed, device_specific=True)
+    criterion = create_criterion(options)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        rows, labels = merge_views(*batch)  # [S * B, C, H, W], split by split
+        output: Tensor = criterion(model(rows.contiguous(memory_format=memory_format)), labels)
+        return output
+
+    split = options.eval_split if options.split_bn else None
+
+    def metrics(model: nn.Module) -> dict[str, Any]:
+        tested = {"test": model} if ema is None else {"test": model, "ema": ema.module}
+        found: dict[str, Any] = {}
+        for name, each in tested.items():
+            pair = evaluate(accelerator, each, tests, split=split)
+            found[f"{name}_loss"], found[f"{name}_accuracy"] = pair
+        return found | divergence_metrics(model)
+
+    return Task(
+        model=model,
+        loss=loss,
+        evaluate=metrics,
+        loader=loader,
+        set_epoch=views.set_epoch,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_grad=options.clip_grad,
+        ema=ema,
+    )
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """Draw loss, accuracy and, with split layers, divergence by layer."""
+    options, last = results["arguments"], results["epochs"][-1]
+    views = f"{options['aug_splits']} views" if options["aug_splits"] else "1 view"
+    norms = "split, synchronized" if options["split_bn"] else "plain"
+    figure, axes = new_figure(
+        3 if "divergences" in last else 2,
+        f"{options['model']}, {views} of each image, {norms} batch norms, "
+        f"{results['ranks']} x {results['device']}",
+    )
+    tested = {"test": "test images"} | ({"ema": "averaged weights"} if "ema_loss" in last else {})
+    draw_loss(axes[0], results, {f"{name}_loss": label for name, label in tested.items()})
+    draw_accuracy(axes[1], results, {f"{name}_accuracy": label for name, label in tested.items()})
+    if "divergences" in last:
+        draw_divergence(axes[2], last["divergences"])
+    return figure
+
+
+def conclude(results: dict[str, Any]) -> str:
+    """Return the test accuracy in a sentence."""
+    last = results["epochs"][-1]
+    ema = f" ({last['ema_accuracy']:.2%} of the averaged weights)" if "ema_accuracy" in last else ""
+    steps = len(results["losses"])
+    return f"test accuracy {last['test_accuracy']:.2%}{ema} after {steps} steps"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the command line says, and return the exit code.
-
-    Args:
-        arguments: words of the command line; None takes this process's own.
-    """
+    """Train as the command line says, and return the exit code."""
     options = parse_arguments(arguments)
-    accelerator = start(cpu=options.cpu, seed=options.seed, output=options.output)
-    code = _train(options, accelerator)
-    # The process group may hang when it goes before the models, which were locals of _train.
-    accelerator.free_memory()
-    accelerator.end_training()
-    return code
-
-
-def _train(options: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Do everything between the first and the last use of the model."""
-    decisive = {f"--{name.replace('_', '-')}": value for name, value in _decisive(options)}
-    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
-    checkpoint = checkpoints.find(options.resume)
-    header = {
-        "arguments": {name: _plain(value) for name, value in vars(options).items()},
-        "device": accelerator.device.type,
-        **world,
-    }
-    report = Report(options.output, main=accelerator.is_main_process, header=header)
-    task = _task(options, accelerator)
-    trainer = Trainer(
-        accelerator,
-        task,
-        checkpoints,
-        report,
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        log_interval=options.log_interval,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    accelerator.init_trackers(
-        "tensorboard",
-        # Events of steps that are now trained again are hidden.
-        init_kwargs={"tensorboard": {"purge_step": len(trainer.progress.losses) + 1}},
-    )
-    with Interruption() as interruption:
-        origin = f", from {checkpoint}" if checkpoint else ""
-        report.print(
-            f"{len(task.train_views)} images, {len(task.train_loader)} steps an epoch, "
-            f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
-        )
-        finished = trainer.run(interruption)
-    report.write("complete" if finished else "interrupted")
-    if finished:
-        weights = options.output / "plain.safetensors"
-        if accelerator.is_main_process:
-            splits = options.aug_splits if options.split_bn else 0
-            save_file(_plain_state(accelerator.unwrap_model(task.model), splits), weights)
-        report.draw()
-        report.print(_farewell(report.results, options.output, weights, checkpoints.last))
-        return 0
-    report.print(
-        f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
-        "repeat the command with --resume auto to go on"
-    )
-    return EXIT_INTERRUPTED
-
-
-def _task(options: argparse.Namespace, accelerator: Accelerator) -> Task:
-    """Return data, model, optimizer and schedule, prepared."""
-    set_seed(options.seed)
-    views, train_loader, test_loader = _loaders(options, accelerator)
-    model: nn.Module = SmallResNet()
+    columns = [("test_loss", "test loss", "9.4f"), ("test_accuracy", "test accuracy", "13.2%")]
+    if options.model_ema:
+        columns.append(("ema_accuracy", "averaged", "9.2%"))
     if options.split_bn:
-        model = convert_sync_split_batchnorm(model, options.aug_splits)
-    optimizer = sgd(
-        model, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        columns.append(("divergence", "divergence", "10.4f"))
+    return run_recipe(Recipe(columns, prepare, draw, conclude), options)
+
+
+def _add_split_options(parser: Parser) -> None:
+    group = parser.add_argument_group("splits and augmentation")
+    group.add_argument(
+        "--aug-splits",
+        type=int,
+        default=0,
+        metavar="S",
+        help="views of each image, a split each: the first clean, the others augmented; "
+        "0 for one augmented view and no splits",
     )
-    steps = len(train_loader) // accelerator.num_processes
-    if steps == 0:
-        raise ValueError(
-            f"--batch-size must leave a whole batch for each rank, got {options.batch_size} on "
-            f"{accelerator.num_processes} ranks for {len(views)} images"
-        )
-    scheduler = warmup_cosine(
-        optimizer, warmup=options.warmup_epochs * steps, total=options.epochs * steps
+    group.add_argument(
+        "--split-bn",
+        action="store_true",
+        help="give each split batch norms of its own, synchronized over all ranks; "
+        "without it plain batch norms see all views of one rank",
     )
-    model, optimizer, scheduler, train_loader, test_loader = accelerator.prepare(
-        model, optimizer, scheduler, train_loader, test_loader
+    group.add_argument(
+        "--eval-split",
+        type=int,
+        default=0,
+        metavar="K",
+        help="split whose statistics and parameters the tests use; 0 is that of clean images",
     )
-    return Task(
-        model=model,
-        loss=_loss(options),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        train_views=views,
-        train_loader=train_loader,
-        test_loader=test_loader,
-        split=options.split_bn,
+    group.add_argument(
+        "--resplit",
+        action="store_true",
+        help="spare the first split from random erasing, so that it stays clean",
     )
-
-
-def _loaders(
-    options: argparse.Namespace, accelerator: Accelerator
-) -> tuple[SplitViews, DataLoader[Any], DataLoader[Any]]:
-    """Return the training views and, not yet prepared, the loaders."""
-    train, test = mnist()
-    mean, std = [MNIST_MEAN], [MNIST_STD]
-    transforms = split_transforms(
-        max(1, options.aug_splits),
-        mean=mean,
-        std=std,
-        aa=options.aa,
-        reprob=options.reprob,
-        resplit=options.resplit,
+    group.add_argument(
+        "--jsd-loss",
+        action="store_true",
+        help="cross-entropy on the clean split plus 12 times the Jensen-Shannon divergence "
+        "between the splits; without it cross-entropy on all views",
     )
-    views = SplitViews(train, transforms, seed=options.seed)
-    load = functools.partial(
-        DataLoader,
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-        pin_memory=accelerator.device.type != "cpu",
-        worker_init_fn=leave_signals_to_rank,
-    )
-    # Generators of their own keep the loaders off torch's, whose state a checkpoint restores.
-    train_loader = load(views, shuffle=True, drop_last=True, generator=torch.Generator())
-    test_loader = load(SplitViews(test, [View(mean, std)]), generator=torch.Generator())
-    return views, train_loader, test_loader
-
-
-def _loss(options: argparse.Namespace) -> Any:
-    """Return the loss of (model, input, labels)."""
-    criterion = functools.partial(split_cross_entropy, smoothing=options.smoothing)
-    if options.jsd_loss:
-        criterion = functools.partial(
-            jsd_cross_entropy, num_splits=options.aug_splits, smoothing=options.smoothing
-        )
-
-    def loss(model: nn.Module, input: Tensor, labels: Tensor) -> Tensor:
-        return criterion(model(input), labels)
-
-    return loss
-
-
-def _plain_state(model: nn.Module, splits: int) -> dict[str, Tensor]:
-    """Return the weights of the same network with plain batch norms, those of split 0."""
-    if splits:
-        # A twin, because a model that accelerate has prepared is not to be changed any more.
-        twin = convert_sync_split_batchnorm(SmallResNet(), splits)
-        twin.load_state_dict(model.state_dict())
-        model = revert_sync_split_batchnorm(twin)
-    return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-
-
-def _decisive(options: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(options).items() if name not in INDECISIVE]
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def _farewell(results: dict[str, Any], output: Path, weights: Path, checkpoint: Any) -> str:
-    """Return the last words: the result, and what lies where."""
-    return (
-        f"test accuracy {results['test_accuracy']:.2%} after {len(results['losses'])} steps, "
-        f"{results['seconds']:.0f} s\n"
-        f"  {output / 'results.json'}  arguments, versions, every loss and epoch\n"
-        f"  {output / 'summary.png'}  loss, accuracy, divergence between the splits\n"
-        f"  {weights}  plain batch norm weights for launch.model.SmallResNet\n"
-        f"  {checkpoint}  checkpoint\n"
-        f"  tensorboard --logdir {output}  the same curves, live"
-    )
+    add_augmentation_options(parser, group)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..start import start
+from ..recipe.start import start
 from .cases import NETWORKS, Setting, cases
 from .contenders import NAMES, Contender, contenders
 from .layers import Bench, measure, traffic

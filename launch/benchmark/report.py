@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..report import versions
+from ..recipe.report import versions
 
 WIDTH = 100
 _CONFIG = "launch/configs/two_processes.yaml"

@@ -10,8 +10,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import RunError
 
 _PROGRESS = "progress.json"
+_EMA = "ema.safetensors"
 _PARTIAL = ".partial"
 
 
@@ -44,11 +49,16 @@ class Checkpoints:
         accelerator: whose prepared objects are saved.
         folder: where the checkpoints lie; on several nodes a folder that all of them see.
         fingerprint: what must be equal for a run to go on, by the name the user knows it under.
+
+    Attributes:
+        ema: the average of the weights, the same on every rank; a checkpoint holds it if set.
+        last: the newest checkpoint that this run wrote or loaded.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.accelerator, self.folder = accelerator, folder
         self.fingerprint = fingerprint
+        self.ema: nn.Module | None = None
         self.last: Path | None = None
 
     def find(self, resume: str | None) -> Path | None:
@@ -58,17 +68,17 @@ class Checkpoints:
             resume: A checkpoint's path, `"auto"` for the newest here if any, or `None`.
 
         Raises:
-            ValueError: The choice is missing, would overwrite a run, or belongs to another one.
+            RunError: The choice is missing, would overwrite a run, or belongs to another one.
         """
         decision: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 decision[0] = self._choose(resume)
-            except ValueError as error:
+            except RunError as error:
                 decision[1] = str(error)
         self.last, problem = broadcast_object_list(decision)
         if problem is not None:
-            raise ValueError(problem)
+            raise RunError(problem)
         return self.last
 
     def _choose(self, resume: str | None) -> Path | None:
@@ -79,7 +89,7 @@ class Checkpoints:
         elif resume is None:
             chosen = None
             if present:
-                raise ValueError(
+                raise RunError(
                     "--output must be a folder without checkpoints, "
                     f"got {self.folder.parent} with {present[-1].name}; "
                     "pass --resume auto to go on from there, or another --output"
@@ -87,11 +97,9 @@ class Checkpoints:
         else:
             chosen = Path(resume)
             if not (chosen / _PROGRESS).is_file():
-                raise ValueError(
-                    f"--resume must be 'auto' or the path of a checkpoint, got {resume}"
-                )
+                raise RunError(f"--resume must be 'auto' or the path of a checkpoint, got {resume}")
             if present and chosen.resolve() != present[-1].resolve():
-                raise ValueError(
+                raise RunError(
                     f"--resume must name the newest checkpoint of --output, {present[-1]}, "
                     f"got {resume}; pass another --output to branch off"
                 )
@@ -107,7 +115,7 @@ class Checkpoints:
             if saved.get(name) != value
         ]
         if differences:
-            raise ValueError(
+            raise RunError(
                 "; ".join(differences) + "; start as saved, or anew with another --output"
             )
 
@@ -123,6 +131,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(progress)}
+            if self.ema is not None:
+                save_file(contiguous_state(self.ema), partial / _EMA)
             (partial / _PROGRESS).write_text(json.dumps(state))
             os.replace(partial, target)
             for old in sorted(self.folder.glob("step-????????"))[:-2]:
@@ -133,15 +143,20 @@ class Checkpoints:
         self.last = target
 
     def load(self, path: Path) -> Progress:
-        """Restore model, optimizer, scheduler and this rank's random states.
+        """Restore model, optimizer, average and this rank's random states.
 
         Raises:
-            RuntimeError: This rank's random states are missing; accelerate would say nothing.
+            RunError: This rank's random states are missing; accelerate would say nothing.
         """
         states = path / f"random_states_{self.accelerator.process_index}.pkl"
         if not states.is_file():
-            raise RuntimeError(
-                f"{path} must hold {states.name}, got none; the checkpoint is not whole"
-            )
+            raise RunError(f"{path} must hold {states.name}, got none; the checkpoint is not whole")
         self.accelerator.load_state(str(path))
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(path / _EMA))
         return Progress(**json.loads((path / _PROGRESS).read_text())["progress"])
+
+
+def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict as safetensors takes it: contiguous, on the CPU, nothing shared."""
+    return {name: value.contiguous().cpu().clone() for name, value in model.state_dict().items()}

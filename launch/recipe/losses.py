@@ -1,10 +1,30 @@
 """What a batch of splits is trained on: cross-entropy, and agreement between the splits."""
 
+import argparse
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .errors import require_timm
+from .optimization import needs_timm
+
+
+def create_criterion(options: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of logits [S * B, classes] and labels [S * B], split by split."""
+    if not options.jsd_loss:
+        return functools.partial(split_cross_entropy, smoothing=options.smoothing)
+    splits, smoothing = options.aug_splits, options.smoothing
+    if needs_timm(options):
+        timm = require_timm("timm.loss", "--jsd-loss")
+        criterion: Callable[[Tensor, Tensor], Tensor] = timm.JsdCrossEntropy(
+            num_splits=splits, smoothing=smoothing
+        )
+        return criterion
+    return functools.partial(jsd_cross_entropy, num_splits=splits, smoothing=smoothing)
 
 
 def split_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:

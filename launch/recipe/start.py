@@ -1,15 +1,17 @@
 """From the launcher's environment to an `Accelerator` that means what the user asked for."""
 
+import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType
+
+from .errors import RunError
 
 _CONFIG = "launch/configs/two_processes.yaml"
 _SUPPORTED = (
@@ -20,39 +22,38 @@ _SUPPORTED = (
 )
 
 
-def start(*, cpu: bool, seed: int, output: Path) -> Accelerator:
+def start(options: argparse.Namespace) -> Accelerator:
     """Return an accelerator over all ranks that were asked for, or refuse with the right command.
 
     Args:
-        cpu: whether to leave an accelerator of the machine alone.
-        seed: decides the order of the training images.
-        output: folder that receives the TensorBoard events.
+        options: of `recipe.options.add_run_options` and `add_optimization_options`: the device, the
+            seed of the order of the training images, the precision, the tracker and its folder.
 
     Raises:
-        RuntimeError: The launcher started fewer ranks than asked for, or accelerate sees fewer
-            than there are.
-        ValueError: The configuration asks for something the recipes do not do.
+        RunError: The launcher started fewer ranks than asked for, accelerate sees fewer than there
+            are, or the configuration asks for something the recipes do not do.
     """
     accelerator = Accelerator(
-        cpu=cpu or _accelerators() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        log_with="tensorboard",
-        project_dir=output,
-        # The scheduler counts optimizer steps: prepared otherwise, it counts one for each rank.
-        step_scheduler_with_optimizer=False,
+        cpu=options.cpu or _accelerators() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=options.seed
+        ),
+        log_with=options.tracker,
+        mixed_precision=options.mixed_precision,
+        project_dir=options.output,
     )
     check_world(accelerator)
     if accelerator.distributed_type not in _SUPPORTED:
-        raise ValueError(
+        raise RunError(
             "distributed_type must be NO or MULTI_GPU, "
             f"got {accelerator.distributed_type.value}; use a file of launch/configs"
         )
     if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
+        raise RunError(
             "gradient_accumulation_steps must be 1, because statistics cover one micro-batch, "
             f"got {accelerator.gradient_accumulation_steps}; use a larger --batch-size"
         )
-    if not cpu and accelerator.device.type == "cpu" and _accelerators() > 0:
+    if not options.cpu and accelerator.device.type == "cpu" and _accelerators() > 0:
         accelerator.print(
             f"{_accelerators()} accelerator(s) for {os.environ['LOCAL_WORLD_SIZE']} local ranks: "
             f"training on the CPU; pass --num_processes {_accelerators()} to use them",
@@ -68,7 +69,7 @@ def check_world(accelerator: Accelerator) -> None:
         accelerator: as constructed.
 
     Raises:
-        RuntimeError: One process runs where several were asked for, or each rank of several
+        RunError: One process runs where several were asked for, or each rank of several
             believes that it is alone.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -76,14 +77,14 @@ def check_world(accelerator: Accelerator) -> None:
         ["accelerate", "launch", "--config_file", _CONFIG, "-m", _module_name(), *sys.argv[1:]]
     )
     if world != accelerator.num_processes:
-        raise RuntimeError(
+        raise RunError(
             f"accelerate must see all {world} ranks, got {accelerator.num_processes}; "
             f"without an accelerator run ACCELERATE_USE_CPU=true {command}"
         )
     # accelerate's launcher for one process sets these even when it was asked for several.
     asked = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
     if asked and "WORLD_SIZE" not in os.environ and world == 1:
-        raise RuntimeError(
+        raise RunError(
             "the launcher must start num_processes ranks, got 1; "
             f"run {command} (or unset MASTER_ADDR if one rank is what you want)"
         )

@@ -76,31 +76,3 @@ class View:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         view = (pixels - mean[:, None, None]) / std[:, None, None]
         return view if self.erase is None else self.erase(view)
-
-
-def split_transforms(
-    num_splits: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    aa: str | None = None,
-    reprob: float = 0.0,
-    resplit: bool = False,
-) -> list[View]:
-    """Return one `View` for each split: the first clean, the others augmented, as in timm.
-
-    Args:
-        num_splits: number of views, at least 1; with 1 the only view is augmented.
-        mean: mean of each band, as a fraction of white.
-        std: standard deviation of each band, as a fraction of white.
-        aa: policy in timm's notation; None for none.
-        reprob: probability of random erasing.
-        resplit: whether the first view is spared from erasing.
-    """
-    fill = tuple(min(255, round(255 * value)) for value in mean)
-    policy = RandAugment.parse(aa, fill if len(fill) > 1 else fill[0]) if aa else None
-    erase = RandomErasing(reprob) if reprob > 0 else None
-    augmented = View(mean, std, policy, erase)
-    if num_splits == 1:
-        return [augmented]
-    return [View(mean, std, None, None if resplit else erase)] + [augmented] * (num_splits - 1)

@@ -1,0 +1,151 @@
+"""Training and test images of a recipe: the bundled digits, or a folder of one's own."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..recipe.errors import RunError
+from .augment import RandAugment
+from .digits import MNIST_MEAN, MNIST_STD, mnist
+from .folders import (
+    ImageFolder,
+    class_names,
+    data_config,
+    split_folder,
+    test_transform,
+    training_transforms,
+)
+from .views import RandomErasing, View
+
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Images of both sets, and the ways from an image to the input of a model, [C, H, W].
+
+    Attributes:
+        train: (PIL image, class) pairs; what all views of an image share, crop and flip, is done.
+        test: (PIL image, class) pairs.
+        clean: converts and normalizes a training image.
+        erased: does this, and may erase a rectangle.
+        augmented: augments before, and may erase a rectangle.
+        evaluate: the same for a test image, without randomness.
+        mean: mean of each band, as a fraction of white.
+        std: standard deviation of each band, as a fraction of white.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    clean: Transform
+    erased: Transform
+    augmented: Transform
+    evaluate: Transform
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def views(self, num_splits: int, *, resplit: bool) -> list[Transform]:
+        """Return one transform for each split: the first clean, the others augmented, as in timm.
+
+        Args:
+            num_splits: number of views, at least 1; with 1 the only view is augmented.
+            resplit: whether the first view is spared from erasing.
+        """
+        if num_splits == 1:
+            return [self.augmented]
+        first = self.clean if resplit else self.erased
+        return [first] + [self.augmented] * (num_splits - 1)
+
+
+def count_classes(options: argparse.Namespace) -> int:
+    """Return the number of classes of the training images."""
+    if options.data is None:
+        return 10
+    return len(class_names(split_folder(options.data, options.train_split)))
+
+
+def count_channels(options: argparse.Namespace) -> int:
+    """Return the number of bands of the images."""
+    return 1 if options.data is None else 3
+
+
+def load_images(options: argparse.Namespace, model: nn.Module) -> ImageSets:
+    """Return the images that the options name, with the transforms that suit the model.
+
+    Args:
+        options: of `recipe.options.add_data_options`, and `aa` and `reprob`.
+        model: a timm model carries its input size, mean, std and crop.
+
+    Raises:
+        RunError: a folder, a class, a policy or a number does not fit.
+    """
+    return _digits(options) if options.data is None else _folder(options, model)
+
+
+def _digits(options: argparse.Namespace) -> ImageSets:
+    for name in ("img_size", "crop_pct", "mean", "std"):
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise RunError(f"{flag} must come with DATA, got the bundled digits")
+    mean, std = (MNIST_MEAN,), (MNIST_STD,)
+    try:
+        policy = RandAugment.parse(options.aa, round(255 * MNIST_MEAN)) if options.aa else None
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    erase = RandomErasing(options.reprob) if options.reprob > 0 else None
+    train, test = mnist()
+    clean = View(mean, std)
+    return ImageSets(
+        train=train,
+        test=test,
+        clean=clean,
+        erased=View(mean, std, None, erase),
+        augmented=View(mean, std, policy, erase),
+        evaluate=clean,
+        mean=mean,
+        std=std,
+    )
+
+
+def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
+    for name in ("mean", "std"):
+        given = getattr(options, name)
+        if given is not None and len(given) != 3:
+            raise RunError(f"--{name} must hold one number for each of 3 bands, got {given}")
+    overrides = {name: getattr(options, name) for name in ("img_size", "crop_pct", "mean", "std")}
+    config = data_config(model, overrides)
+    base, augment, erased = training_transforms(config, aa=options.aa, reprob=options.reprob)
+    _, _, clean = training_transforms(config, aa=options.aa, reprob=0.0)
+    train = ImageFolder(split_folder(options.data, options.train_split), base)
+    test = ImageFolder(split_folder(options.data, options.val_split))
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise RunError(
+            f"{test.path} must have the classes of {train.path}, got a difference in "
+            f"{', '.join(differing[:5])}; add or remove these folders"
+        )
+    return ImageSets(
+        train=train,
+        test=test,
+        clean=clean,
+        erased=erased,
+        augmented=_Then(augment, erased),
+        evaluate=test_transform(config),
+        mean=config["mean"],
+        std=config["std"],
+    )
+
+
+@dataclass(frozen=True)
+class _Then:
+    """One transform after the other; a class, because loaders pickle it for their workers."""
+
+    first: Callable[[Any], Any]
+    second: Transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.second(self.first(image))

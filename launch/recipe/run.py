@@ -1,0 +1,165 @@
+"""A run from the command line to its end: one `Recipe`, and everything around its training."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import nn
+
+from sync_splitbn import SyncSplitBatchNorm
+
+from .checkpoints import Checkpoints, contiguous_state
+from .errors import RunError
+from .interruption import EXIT_INTERRUPTED, Interruption
+from .models import plain_copy
+from .options import INDECISIVE
+from .report import Column, Report
+from .start import start
+from .trainer import Task, Trainer
+
+EXIT_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is particular to one recipe.
+
+    Attributes:
+        columns: what the table shows of the metrics that `Task.evaluate` returns.
+        prepare: makes the task from the options; the random generators are seeded before.
+        draw: draws the figure of the results that lie in results.json, and returns it.
+        conclude: one sentence on the results, the last that is printed.
+    """
+
+    columns: Sequence[Column]
+    prepare: Callable[[argparse.Namespace, Accelerator], Task]
+    draw: Callable[[dict[str, Any]], Any]
+    conclude: Callable[[dict[str, Any]], str]
+
+
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Train as the options say, and return the exit code; an error of the user is one line.
+
+    Communication:
+        All ranks call it together. What the user gave wrong is found on all of them, and the first
+        one reports it; what only one rank meets, such as a damaged image, is reported by that one.
+    """
+    try:
+        accelerator = start(options)
+        code = _train(recipe, options, accelerator)
+    except RunError as error:
+        _report_error(error)
+        return EXIT_ERROR
+    # The process group may hang when it goes before the models, which were locals of _train.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return code
+
+
+def _report_error(error: RunError) -> None:
+    """Print an error as one line, once for all ranks that meet it."""
+    message = str(error).strip()
+    # A loader's worker passes its traceback on as the message of the error.
+    is_from_worker = message.startswith("Caught ")
+    if is_from_worker:
+        message = message.splitlines()[-1].partition(": ")[2]
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first or is_from_worker or error.is_of_one_rank:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _train(recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Do everything between the first and the last use of the model."""
+    arguments = vars(options)
+    decisive = {
+        f"--{name.replace('_', '-')}": _as_json(value)
+        for name, value in arguments.items()
+        if name not in INDECISIVE
+    }
+    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
+    checkpoint = checkpoints.find(options.resume)
+    set_seed(options.seed)
+    task = recipe.prepare(options, accelerator)
+    header = {
+        "arguments": {name: _as_json(value) for name, value in arguments.items()},
+        "device": accelerator.device.type,
+        **world,
+    }
+    main = accelerator.is_main_process
+    report = Report(options.output, main=main, columns=recipe.columns, header=header)
+    checkpoints.ema = None if task.ema is None else task.ema.module
+    trainer = Trainer(
+        accelerator,
+        task,
+        checkpoints,
+        report,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        log_interval=options.log_interval,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    _start_tracker(accelerator, options.tracker, len(trainer.progress.losses) + 1)
+    with Interruption() as interruption:
+        origin = f", from {checkpoint}" if checkpoint else ""
+        report.print(
+            f"{len(task.loader)} steps an epoch of {task.loader.total_batch_size} images, "
+            f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
+        )
+        is_finished = trainer.run(interruption)
+    report.write("complete" if is_finished else "interrupted")
+    if not is_finished:
+        report.print(
+            f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
+            "repeat the command with --resume auto to go on"
+        )
+        return EXIT_INTERRUPTED
+    if main:
+        model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
+        files = _export(options.output, model)
+        recipe.draw(report.results).savefig(options.output / "summary.png")
+        report.print(_last_words(recipe.conclude(report.results), options.output, files))
+    return 0
+
+
+def _start_tracker(accelerator: Accelerator, tracker: str, step: int) -> None:
+    """Start accelerate's tracker, from a step on."""
+    if tracker == "tensorboard":
+        # Events of steps that are now trained again are hidden.
+        accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step}})
+    else:
+        accelerator.init_trackers("sync_splitbn")
+
+
+def _export(output: Path, model: nn.Module) -> dict[str, str]:
+    """Write the weights for inference, and return what each file is."""
+    kind = type(model).__name__
+    files = {"plain.safetensors": f"weights of {kind} with plain batch norms, those of split 0"}
+    save_file(contiguous_state(plain_copy(model)), output / "plain.safetensors")
+    if any(isinstance(module, SyncSplitBatchNorm) for module in model.modules()):
+        save_file(contiguous_state(model), output / "split.safetensors")
+        files["split.safetensors"] = f"weights of {kind} with all splits, under timm's keys"
+    return files
+
+
+def _last_words(conclusion: str, output: Path, weights: dict[str, str]) -> str:
+    """Return the result, and what lies where."""
+    files = {
+        "results.json": "arguments, versions, every loss and epoch",
+        "summary.png": "the same as a figure",
+        **weights,
+        "checkpoints": "the last two, to go on from",
+    }
+    return "\n".join([conclusion, *(f"  {output / name}  {what}" for name, what in files.items())])
+
+
+def _as_json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
