@@ -82,7 +82,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
     if options.torchcompile:
         model.compile(backend=options.torchcompile)
     loader = training_loader(options, accelerator, views)
-    tests = test_loader(options, accelerator, images)
+    tests = test_loader(options, accelerator, images.test)
     model, optimizer, loader, tests = accelerator.prepare(model, optimizer, loader, tests)
     schedule = create_schedule(options, optimizer.optimizer, steps=len(loader))
     # Ranks drop different units, as in timm; the weights and the order are the same.

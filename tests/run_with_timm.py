@@ -1,6 +1,6 @@
 """Runs a module of `launch` where torchvision's operators do not load beside a CPU torch.
 
-    accelerate launch --config_file ... tests/run_with_timm.py launch.train DATA ...
+accelerate launch --config_file ... tests/run_with_timm.py launch.train DATA ...
 """
 
 import runpy

@@ -27,17 +27,18 @@ import numpy as np  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from launch.checkpoints import Checkpoints  # noqa: E402
-from launch.datasets import Images, mnist, stratified_split  # noqa: E402
-from launch.interrupt import (  # noqa: E402
+from launch.images.digits import Digits, mnist, stratified_split  # noqa: E402
+from launch.recipe.checkpoints import Checkpoints  # noqa: E402
+from launch.recipe.errors import RunError  # noqa: E402
+from launch.recipe.interruption import (  # noqa: E402
     EXIT_INTERRUPTED,
     Interruption,
     leave_signals_to_rank,
 )
-from launch.losses import jsd_cross_entropy, split_cross_entropy  # noqa: E402
-from launch.model import SmallResNet  # noqa: E402
-from launch.optimization import sgd, warmup_cosine  # noqa: E402
-from launch.options import parse_arguments  # noqa: E402
+from launch.recipe.losses import jsd_cross_entropy, split_cross_entropy  # noqa: E402
+from launch.recipe.models import SmallResNet  # noqa: E402
+from launch.recipe.optimization import WarmupCosine, sgd  # noqa: E402
+from launch.train import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "launch/configs/two_processes.yaml"
@@ -48,7 +49,7 @@ TRAIN, TEST = 90, 37
 
 def small_mnist():
     return tuple(
-        Images(
+        Digits(
             images.pixels[:: len(images) // size][:size],
             images.labels[:: len(images) // size][:size],
         )
@@ -63,19 +64,21 @@ def full_mnist():
 def train(rank, world_size, arguments, signal_at=None, all_images=False):
     """`launch.train` as a rank; the last rank may be sent SIGTERM in a step of its own."""
     from launch import train as recipe
+    from launch.images import sets
+    from launch.recipe.trainer import Trainer
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
-    recipe.mnist = full_mnist if all_images else small_mnist
+    sets.mnist = full_mnist if all_images else small_mnist
     if signal_at is not None and rank == world_size - 1:
-        step = recipe.Trainer._step
+        step = Trainer._step
 
         def signalled(trainer, *batch):
             if trainer._steps() == signal_at - 1:
                 signal.raise_signal(signal.SIGTERM)
             return step(trainer, *batch)
 
-        recipe.Trainer._step = signalled
+        Trainer._step = signalled
     return recipe.main(arguments)
 
 
@@ -259,18 +262,18 @@ def test_auto_resumes_the_newest_whole_checkpoint_or_starts_anew(tmp_path):
 def test_choice_that_would_harm_a_run_is_refused(resume, message, tmp_path):
     checkpoints = checkpoints_in(tmp_path)
     path = None if resume is None else str(tmp_path / "checkpoints" / resume)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RunError, match=message):
         checkpoints._choose(path)
 
 
 def test_checkpoint_of_a_run_with_other_options_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--lr must be 0.1 as in .*, got 0.2; start as saved"):
+    with pytest.raises(RunError, match=r"--lr must be 0.1 as in .*, got 0.2; start as saved"):
         checkpoints_in(tmp_path, **{"--lr": 0.2})._choose("auto")
 
 
 def test_checkpoint_without_this_ranks_random_states_is_refused(tmp_path):
     checkpoints = checkpoints_in(tmp_path)
-    with pytest.raises(RuntimeError, match=r"must hold random_states_0.pkl, got none"):
+    with pytest.raises(RunError, match=r"must hold random_states_0.pkl, got none"):
         checkpoints.load(checkpoints._choose("auto"))
 
 
@@ -341,12 +344,11 @@ def test_consistency_loss_is_the_divergence_of_each_split_from_the_mixture():
 
 def test_schedule_rises_for_the_warm_up_and_falls_to_zero():
     optimizer = sgd(torch.nn.Linear(2, 2), lr=0.5, momentum=0.9, weight_decay=0.1)
-    scheduler = warmup_cosine(optimizer, warmup=4, total=10)
+    schedule = WarmupCosine(optimizer, warmup=4, total=10)
     rates = []
-    for _ in range(10):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
+    for step in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(step + 1)
     assert rates == pytest.approx(
         [
             0.1,
@@ -357,7 +359,7 @@ def test_schedule_rises_for_the_warm_up_and_falls_to_zero():
             *[0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(1, 6)],
         ]
     )
-    assert scheduler.get_last_lr()[0] == pytest.approx(0)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0)
 
 
 def test_weight_decay_spares_biases_and_batch_norms():
@@ -380,15 +382,15 @@ def test_data_workers_outlive_ctrl_c_and_die_with_their_rank():
 
 
 def begin(rank, world_size, accelerators, environment):
-    """`launch.start` on a machine with so many accelerators: the device and what it says."""
-    from launch import start
+    """`recipe.start` on a machine with so many accelerators: the device and what it says."""
+    from launch.recipe import start
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **environment}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     start._accelerators = lambda: accelerators
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        accelerator = start.start(cpu=False, seed=0, output=Path("unused"))
+        accelerator = start.start(parse_arguments(["--output", "unused"]))
     return accelerator.device.type, said.getvalue()
 
 
@@ -470,7 +472,7 @@ def test_ranks_that_believe_they_are_alone_are_refused(tmp_path):
     script = tmp_path / "alone.py"
     script.write_text(
         "from accelerate import Accelerator\n"
-        "from launch.start import check_world\n"
+        "from launch.recipe.start import check_world\n"
         "check_world(Accelerator())\n"
     )
     code, output = launch(

@@ -30,11 +30,10 @@ class ImageSets:
 
     Attributes:
         train: (PIL image, class) pairs; what all views of an image share, crop and flip, is done.
-        test: (PIL image, class) pairs.
+        test: ([C, H, W], class) pairs, without randomness.
         clean: converts and normalizes a training image.
         erased: does this, and may erase a rectangle.
         augmented: augments before, and may erase a rectangle.
-        evaluate: the same for a test image, without randomness.
         mean: mean of each band, as a fraction of white.
         std: standard deviation of each band, as a fraction of white.
     """
@@ -44,7 +43,6 @@ class ImageSets:
     clean: Transform
     erased: Transform
     augmented: Transform
-    evaluate: Transform
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -86,6 +84,13 @@ def load_images(options: argparse.Namespace, model: nn.Module) -> ImageSets:
     return _digits(options) if options.data is None else _folder(options, model)
 
 
+def load_test_images(options: argparse.Namespace, model: nn.Module | None) -> Dataset[Any]:
+    """Return the test images alone, as `ImageSets.test` has them."""
+    if options.data is None:
+        return _Transformed(mnist()[1], View((MNIST_MEAN,), (MNIST_STD,)))
+    return _test_folder(options, _config(options, model))
+
+
 def _digits(options: argparse.Namespace) -> ImageSets:
     for name in ("img_size", "crop_pct", "mean", "std"):
         if getattr(options, name) is not None:
@@ -97,31 +102,24 @@ def _digits(options: argparse.Namespace) -> ImageSets:
     except ValueError as error:
         raise RunError(str(error)) from error
     erase = RandomErasing(options.reprob) if options.reprob > 0 else None
-    train, test = mnist()
     clean = View(mean, std)
     return ImageSets(
-        train=train,
-        test=test,
+        train=mnist()[0],
+        test=load_test_images(options, None),
         clean=clean,
         erased=View(mean, std, None, erase),
         augmented=View(mean, std, policy, erase),
-        evaluate=clean,
         mean=mean,
         std=std,
     )
 
 
 def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
-    for name in ("mean", "std"):
-        given = getattr(options, name)
-        if given is not None and len(given) != 3:
-            raise RunError(f"--{name} must hold one number for each of 3 bands, got {given}")
-    overrides = {name: getattr(options, name) for name in ("img_size", "crop_pct", "mean", "std")}
-    config = data_config(model, overrides)
+    config = _config(options, model)
     base, augment, erased = training_transforms(config, aa=options.aa, reprob=options.reprob)
     _, _, clean = training_transforms(config, aa=options.aa, reprob=0.0)
     train = ImageFolder(split_folder(options.data, options.train_split), base)
-    test = ImageFolder(split_folder(options.data, options.val_split))
+    test = _test_folder(options, config)
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise RunError(
@@ -134,10 +132,38 @@ def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
         clean=clean,
         erased=erased,
         augmented=_Then(augment, erased),
-        evaluate=test_transform(config),
         mean=config["mean"],
         std=config["std"],
     )
+
+
+def _test_folder(options: argparse.Namespace, config: dict[str, Any]) -> ImageFolder:
+    return ImageFolder(split_folder(options.data, options.val_split), test_transform(config))
+
+
+def _config(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
+    """Return timm's input size, mean, std and crop, by the options or the model."""
+    for name in ("mean", "std"):
+        given = getattr(options, name)
+        if given is not None and len(given) != 3:
+            raise RunError(f"--{name} must hold one number for each of 3 bands, got {given}")
+    return data_config(
+        model, {name: getattr(options, name) for name in ("img_size", "crop_pct", "mean", "std")}
+    )
+
+
+class _Transformed(Dataset[tuple[Any, int]]):
+    """A dataset whose images are transformed."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index]
+        return self.transform(image), label
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from ..images.sets import ImageSets, Transform
 from .errors import RunError
 from .interruption import leave_signals_to_rank
 
@@ -30,10 +29,9 @@ def training_loader(
 
 
 def test_loader(
-    options: argparse.Namespace, accelerator: Accelerator, images: ImageSets
+    options: argparse.Namespace, accelerator: Accelerator, dataset: Dataset[Any]
 ) -> DataLoader[Any]:
     """Return a loader of test images [B, C, H, W] and labels, not yet prepared by accelerate."""
-    dataset = _Transformed(images.test, images.evaluate)
     return _loader(options, accelerator, dataset, is_training=False)
 
 
@@ -56,17 +54,3 @@ def _loader(
         # A generator of its own keeps the loader off torch's, whose state a checkpoint restores.
         generator=torch.Generator(),
     )
-
-
-class _Transformed(Dataset[tuple[Any, int]]):
-    """A dataset whose images are transformed."""
-
-    def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index]
-        return self.transform(image), label

@@ -3,6 +3,7 @@
 import argparse
 import copy
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def build_model(options: argparse.Namespace, *, num_classes: int, in_channels: i
         except RuntimeError as error:
             raise RunError(f"--model must be {SMALL_RESNET} or one of timm, got {error}") from error
     if options.initial_checkpoint is not None:
-        load_weights(model, options.initial_checkpoint)
+        load_state(model, read_weights(options.initial_checkpoint), options.initial_checkpoint)
     return model
 
 
@@ -108,22 +109,39 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return revert_sync_split_batchnorm(twin) if has_splits else twin
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a state dict, whole, from a file of safetensors or of torch.save.
+def read_weights(file: Path) -> dict[str, Any]:
+    """Return the state dict in a file of safetensors or of torch.save.
 
     Raises:
-        RunError: the file is missing or damaged, or the state is of another model.
+        RunError: the file is missing or damaged.
     """
     try:
         if file.suffix == ".safetensors":
-            state: dict[str, Any] = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        # timm's trainer keeps the model beside its optimizer.
+        found: dict[str, Any] = state.get("state_dict", state)
+    except (OSError, SafetensorError, EOFError, RuntimeError, AttributeError, PickleError) as error:
+        raise RunError(f"{file} must hold weights, got {_in_one_line(error)}") from error
+    return found
+
+
+def load_state(model: nn.Module, state: dict[str, Any], origin: Path) -> None:
+    """Load a whole state dict.
+
+    Raises:
+        RunError: it is of another model; the message names `origin`.
+    """
+    try:
         model.load_state_dict(state)
-    except (OSError, SafetensorError, EOFError, RuntimeError, AttributeError) as error:
-        problem = " ".join(str(error).split())
+    except (RuntimeError, TypeError) as error:
         raise RunError(
-            f"{file} must hold weights of this model, got {problem[:300]}; "
+            f"{origin} must hold weights of this model, got {_in_one_line(error)}; "
             "check --model and --num-classes"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the beginning of a message that may have many lines."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else text[:200] + " ..."

@@ -1,6 +1,7 @@
 """A run from the command line to its end: one `Recipe`, and everything around its training."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,14 @@ class Recipe:
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Train as the options say, and return the exit code; an error of the user is one line.
+    """Train as the options say, and return the exit code."""
+    return run_safely(functools.partial(_train, recipe), options)
+
+
+def run_safely(
+    body: Callable[[argparse.Namespace, Accelerator], int], options: argparse.Namespace
+) -> int:
+    """Start all ranks, call `body`, and return its exit code; a `RunError` is one line and 2.
 
     Communication:
         All ranks call it together. What the user gave wrong is found on all of them, and the first
@@ -53,11 +61,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     """
     try:
         accelerator = start(options)
-        code = _train(recipe, options, accelerator)
+        code = body(options, accelerator)
     except RunError as error:
         _report_error(error)
         return EXIT_ERROR
-    # The process group may hang when it goes before the models, which were locals of _train.
+    # The process group may hang when it goes before the models, which were locals of `body`.
     accelerator.free_memory()
     accelerator.end_training()
     return code

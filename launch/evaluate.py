@@ -1,0 +1,127 @@
+"""Score a trained model on test images, through the statistics of every split.
+
+`python -m launch.evaluate runs/train` says how well each split of that run does;
+`python -m launch.evaluate --help` says how to score other weights, or another folder.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from sync_splitbn import convert_sync_split_batchnorm
+
+from .images.sets import count_channels, count_classes, load_test_images
+from .recipe.errors import RunError
+from .recipe.evaluation import evaluate
+from .recipe.loading import test_loader
+from .recipe.models import build_model, load_state, read_weights
+from .recipe.options import Parser, add_data_options
+from .recipe.run import run_safely
+
+_AUXILIARY = re.compile(r"(?:^|\.)aux_bn\.(\d+)\.")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; what the run says of its model and images are the defaults."""
+    parser = Parser("launch.evaluate", "Score a trained model on test images, split by split.")
+    parser.add_argument(
+        "weights",
+        type=Path,
+        metavar="WEIGHTS",
+        help="folder of a run or of a checkpoint, which knows its model, or a file of weights with "
+        "plain or split batch norms (.safetensors, or of torch.save)",
+    )
+    add_data_options(parser)
+    group = parser.add_argument_group("the test")
+    group.add_argument(
+        "--eval-split",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="splits whose statistics and parameters are used (default: all)",
+    )
+    group.add_argument("-b", "--batch-size", type=int, metavar="B", help="images of a rank at once")
+    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="of the model")
+    group.add_argument(
+        "--cpu", action="store_true", help="score on the CPU although there is an accelerator"
+    )
+    parser.set_defaults(seed=0, tracker=None, output=Path())
+    weights = parser.parse_args(arguments).weights
+    known = vars(parser.parse_args([str(weights)]))
+    saved = {name: value for name, value in _saved_arguments(weights).items() if name in known}
+    # What the run started from is not what it came to.
+    saved |= {"initial_checkpoint": None, "pretrained": False, "workers": None, "batch_size": None}
+    parser.set_defaults(**saved)
+    return parser.parse(arguments)
+
+
+def _saved_arguments(weights: Path) -> dict[str, Any]:
+    """Return the arguments of the run that `weights` belongs to, as far as it says them."""
+    for folder in (weights, weights.parent, weights.parent.parent):
+        if (folder / "results.json").is_file():
+            arguments: dict[str, Any] = json.loads((folder / "results.json").read_text())[
+                "arguments"
+            ]
+            data = arguments.get("data")
+            return arguments | {"data": None if data is None else Path(data)}
+    return {}
+
+
+def load_model(options: argparse.Namespace) -> tuple[nn.Module, int]:
+    """Return the model with its weights, and its number of splits, 1 with plain batch norms.
+
+    Raises:
+        RunError: the weights are missing, or of another model.
+    """
+    file = options.weights
+    if file.is_dir():
+        names = ("split.safetensors", "plain.safetensors", "model.safetensors")
+        found = [file / name for name in names if (file / name).is_file()]
+        if not found:
+            raise RunError(f"WEIGHTS must hold one of {', '.join(names)}, got {file} without")
+        file = found[0]
+    state = read_weights(file)
+    numbers = [int(match[1]) for key in state if (match := _AUXILIARY.search(key))]
+    num_splits = max(numbers, default=-1) + 2
+    model = build_model(
+        options, num_classes=count_classes(options), in_channels=count_channels(options)
+    )
+    if num_splits > 1:
+        model = convert_sync_split_batchnorm(model, num_splits)
+    load_state(model, state, file)
+    return model, num_splits
+
+
+def run(options: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Print a line for each split."""
+    model, num_splits = load_model(options)
+    splits = options.eval_split or list(range(num_splits))
+    for split in splits:
+        if not 0 <= split < num_splits:
+            raise RunError(f"--eval-split must be in [0, {num_splits - 1}], got {split}")
+    model = model.to(accelerator.device)
+    dataset = load_test_images(options, model)
+    loader = accelerator.prepare(test_loader(options, accelerator, dataset))
+    accelerator.print(f"{options.weights}: {len(loader.dataset)} test images")
+    accelerator.print("split       loss   accuracy")
+    for split in splits:
+        loss, accuracy = evaluate(
+            accelerator, model, loader, split=split if num_splits > 1 else None
+        )
+        accelerator.print(f"{split:5d}  {loss:9.4f}  {accuracy:9.2%}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Score as the command line says, and return the exit code."""
+    return run_safely(run, parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
