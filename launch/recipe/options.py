@@ -89,7 +89,9 @@ class Parser(argparse.ArgumentParser):
         for name, (low, high) in _RANGES.items():
             value = getattr(options, name, None)
             if value is not None and not low <= value <= high:
-                self.refuse(name, f"must be in [{low}, {high}], got {value}")
+                bounds = f"in [{low}, {high}]" if high < _LARGE else f"at least {low}"
+                bounds = "positive" if low == _POSITIVE else bounds
+                self.refuse(name, f"must be {bounds}, got {value}")
         if options.data is not None and not options.data.is_dir():
             self.error(f"DATA must be a folder of images, got {options.data}, which is none")
 
@@ -98,12 +100,13 @@ class Parser(argparse.ArgumentParser):
         self.error(f"--{name.replace('_', '-')} {problem}")
 
 
-_LARGE = 2**31 - 1
-_FINITE = 1e30
+_LARGE = 2**63
+_FINITE = sys.float_info.max
+_POSITIVE = sys.float_info.min
 # Inclusive ranges of the options that are numbers; a NaN is in none of them.
 _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, _LARGE),
-    "clip_grad": (1e-30, _FINITE),
+    "clip_grad": (_POSITIVE, _FINITE),
     "crop_pct": (1e-3, 10),
     "epochs": (1, _LARGE),
     "img_size": (1, _LARGE),
