@@ -9,6 +9,7 @@ import pytest
 import sync_splitbn
 
 ROOT = Path(sync_splitbn.__file__).parent
+LAUNCH = Path(__file__).parents[1] / "launch"
 FLOORS = [
     {"__main__"},
     {"__init__"},
@@ -29,28 +30,39 @@ FLOORS = [
     {"_moments"},
     {"data"},
 ]
+LAUNCH_FLOORS = [
+    {"train", "semi_supervised", "advprop", "evaluate"},
+    {"recipe.comparison"},
+    {"recipe.run"},
+    {"recipe.trainer"},
+    {"recipe.report", "recipe.evaluation", "recipe.loading", "recipe.losses", "recipe.start"},
+    {"recipe.checkpoints", "recipe.interruption", "recipe.models", "recipe.optimization"},
+    {"recipe.options", "images.sets"},
+    {"images.digits", "images.folders", "images.views", "images.shift"},
+    {"images.augment", "recipe.errors"},
+]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 
 
-def name_of(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
+def name_of(path, root=ROOT):
+    parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imports_of(path):
+def imports_of(path, root=ROOT, floor=FLOOR):
     """Names of the package's own modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.relative_to(ROOT).parts[: -node.level]
+            folder = path.relative_to(root).parts[: -node.level]
             module = [*folder, *(node.module or "").split(".")]
             for alias in node.names:
                 inside = ".".join(filter(None, [*module, alias.name]))
                 outside = ".".join(filter(None, module)) or "__init__"
-                yield inside if inside in FLOOR else outside
+                yield inside if inside in floor else outside
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if not modules else []
-            assert not any(name.startswith("sync_splitbn") for name in modules), "import relatively"
+            assert not any(name.startswith(root.name) for name in modules), "import relatively"
 
 
 FILES = sorted(ROOT.rglob("*.py"))
@@ -60,6 +72,25 @@ FILES = sorted(ROOT.rglob("*.py"))
 def test_imports_point_strictly_downward(path):
     for imported in imports_of(path):
         assert FLOOR[name_of(path)] < FLOOR[imported], f"{name_of(path)} imports {imported}"
+
+
+LAUNCHED = sorted(path for path in LAUNCH.rglob("*.py") if path.name != "__init__.py")
+ROOMS = [path for path in LAUNCHED if path.parent.name != "benchmark"]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: name_of(path, LAUNCH))
+def test_imports_of_the_recipes_point_strictly_downward(path):
+    floor = {name: depth for depth, names in enumerate(LAUNCH_FLOORS) for name in names}
+    for imported in imports_of(path, LAUNCH, floor):
+        assert floor[name_of(path, LAUNCH)] < floor[imported], f"{path} imports {imported}"
+
+
+def test_recipes_see_public_names_alone():
+    for path in LAUNCHED:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sync_splitbn"):
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                assert not any(name.startswith("_") for name in names), f"{path}: {names}"
 
 
 def test_layer_reaches_the_kernels_through_the_function_alone():

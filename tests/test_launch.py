@@ -37,8 +37,8 @@ from launch.recipe.interruption import (  # noqa: E402
 )
 from launch.recipe.losses import jsd_cross_entropy, split_cross_entropy  # noqa: E402
 from launch.recipe.models import SmallResNet  # noqa: E402
-from launch.recipe.run import EXIT_ERROR  # noqa: E402
 from launch.recipe.optimization import WarmupCosine, sgd  # noqa: E402
+from launch.recipe.run import EXIT_ERROR  # noqa: E402
 from launch.train import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -315,6 +315,7 @@ def test_batch_larger_than_the_data_is_refused(tmp_path):
         ("--warmup-epochs inf", r"--warmup-epochs must be at least 0, got inf"),
         ("--clip-grad 0", r"--clip-grad must be positive, got 0.0"),
         ("--eval-split 1 --aug-splits 2", r"--eval-split must be in \[0, 0\], got 1"),
+        ("--tracker none", r"argument --tracker: invalid choice: 'none' \(choose from .*\)"),
         ("nowhere", "DATA must be a folder of images, got nowhere, which is none"),
     ],
 )
@@ -418,6 +419,12 @@ def test_more_ranks_than_accelerators_train_on_the_cpu_and_say_so(tmp_path):
         "pass --num_processes 1 to use them\n"
     )
     assert run_ranks(begin, 2, tmp_path, 0, {}) == [("cpu", "")] * 2
+
+
+def test_tracker_that_is_not_installed_is_refused(tmp_path):
+    arguments = ["--tracker", "clearml", "--output", str(tmp_path / "run")]
+    with pytest.raises(RankError, match=r"--tracker must be installed, got clearml, which is not"):
+        run_ranks(train, 2, tmp_path, arguments)
 
 
 def test_gradient_accumulation_is_refused(tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.utils import LoggerType
+
 # A run goes on or is repeated with other values of these; all others decide its numbers.
 INDECISIVE = ("cpu", "log_interval", "max_steps", "output", "resume", "tracker", "workers")
 SMALL_RESNET = "small_resnet"
@@ -314,7 +316,11 @@ def add_run_options(parser: Parser) -> None:
         help="end after that many steps, with everything a whole run leaves",
     )
     group.add_argument(
-        "--tracker", default="tensorboard", metavar="NAME", help="any tracker of accelerate"
+        "--tracker",
+        default="tensorboard",
+        choices=sorted(tracker.value for tracker in LoggerType if tracker != LoggerType.ALL),
+        metavar="NAME",
+        help="where the curves go: %(choices)s",
     )
     group.add_argument(
         "--cpu", action="store_true", help="train on the CPU although there is an accelerator"

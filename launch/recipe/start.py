@@ -48,6 +48,8 @@ def start(options: argparse.Namespace) -> Accelerator:
             "distributed_type must be NO or MULTI_GPU, "
             f"got {accelerator.distributed_type.value}; use a file of launch/configs"
         )
+    if options.tracker is not None and not accelerator.log_with:
+        raise RunError(f"--tracker must be installed, got {options.tracker}, which is not")
     if accelerator.gradient_accumulation_steps != 1:
         raise RunError(
             "gradient_accumulation_steps must be 1, because statistics cover one micro-batch, "

@@ -15,8 +15,8 @@ from timm.data.auto_augment import rand_augment_transform  # noqa: E402
 from timm.loss import JsdCrossEntropy  # noqa: E402
 
 from launch.images.augment import OPERATIONS, RandAugment  # noqa: E402
-from launch.recipe.losses import jsd_cross_entropy  # noqa: E402
 from launch.images.views import RandomErasing  # noqa: E402
+from launch.recipe.losses import jsd_cross_entropy  # noqa: E402
 
 FILL = {"L": 33, "RGB": (124, 116, 104)}
 
