@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--cpu", action="store_true", help="score on the CPU although there is an accelerator"
     )
-    parser.set_defaults(seed=0, tracker=None, output=Path())
+    parser.set_defaults(seed=0, timeout=600.0, tracker=None, output=None)
     weights = parser.parse_args(arguments).weights
     known = vars(parser.parse_args([str(weights)]))
     saved = {name: value for name, value in _saved_arguments(weights).items() if name in known}

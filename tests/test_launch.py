@@ -28,8 +28,8 @@ from safetensors.torch import load_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from launch.images.digits import Digits, mnist, stratified_split  # noqa: E402
-from launch.recipe.checkpoints import Checkpoints  # noqa: E402
 from launch.recipe.errors import RunError  # noqa: E402
+from launch.recipe.failure import EXIT_ERROR  # noqa: E402
 from launch.recipe.interruption import (  # noqa: E402
     EXIT_INTERRUPTED,
     Interruption,
@@ -38,7 +38,6 @@ from launch.recipe.interruption import (  # noqa: E402
 from launch.recipe.losses import jsd_cross_entropy, split_cross_entropy  # noqa: E402
 from launch.recipe.models import SmallResNet  # noqa: E402
 from launch.recipe.optimization import WarmupCosine, sgd  # noqa: E402
-from launch.recipe.run import EXIT_ERROR  # noqa: E402
 from launch.train import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +192,7 @@ def test_run_leaves_two_checkpoints_a_picture_and_events(whole):
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert checkpoints == ["step-00000010", "step-00000012"]
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "plain.safetensors",
         "results.json",
@@ -235,62 +235,17 @@ def test_other_world_size_is_refused_on_every_rank(whole, tmp_path):
         run(tmp_path, 3, "run", "--resume", "auto")
 
 
-class OneRank:
-    """As much of an accelerator as the choice of a checkpoint needs."""
-
-    is_main_process = True
-    process_index = 0
-
-
-def checkpoints_in(folder, **fingerprint):
-    for step in (3, 7):
-        path = folder / "checkpoints" / f"step-{step:08d}"
-        path.mkdir(parents=True, exist_ok=True)
-        state = {"fingerprint": {"--lr": 0.1}, "progress": {}}
-        (path / "progress.json").write_text(json.dumps(state))
-    # A run that died while it saved leaves this behind.
-    (folder / "checkpoints" / "step-00000009.partial").mkdir(exist_ok=True)
-    return Checkpoints(OneRank(), folder / "checkpoints", fingerprint or {"--lr": 0.1})
-
-
-def test_auto_resumes_the_newest_whole_checkpoint_or_starts_anew(tmp_path):
-    assert checkpoints_in(tmp_path)._choose("auto").name == "step-00000007"
-    assert Checkpoints(OneRank(), tmp_path / "none", {})._choose("auto") is None
-    assert Checkpoints(OneRank(), tmp_path / "none", {})._choose(None) is None
-
-
-@pytest.mark.parametrize(
-    ("resume", "message"),
-    [
-        (None, "--output must be a folder without checkpoints, got .*; pass --resume auto"),
-        ("nowhere", "--resume must be 'auto' or the path of a checkpoint, got .*nowhere"),
-        ("step-00000003", "--resume must name the newest checkpoint of --output, .*; pass another"),
-        ("step-00000009.partial", "--resume must be 'auto' or the path of a checkpoint, got"),
-    ],
-    ids=["overwrite", "missing", "older", "partial"],
-)
-def test_choice_that_would_harm_a_run_is_refused(resume, message, tmp_path):
-    checkpoints = checkpoints_in(tmp_path)
-    path = None if resume is None else str(tmp_path / "checkpoints" / resume)
-    with pytest.raises(RunError, match=message):
-        checkpoints._choose(path)
-
-
-def test_checkpoint_of_a_run_with_other_options_is_refused(tmp_path):
-    with pytest.raises(RunError, match=r"--lr must be 0.1 as in .*, got 0.2; start as saved"):
-        checkpoints_in(tmp_path, **{"--lr": 0.2})._choose("auto")
-
-
-def test_checkpoint_without_this_ranks_random_states_is_refused(tmp_path):
-    checkpoints = checkpoints_in(tmp_path)
-    with pytest.raises(RunError, match=r"must hold random_states_0.pkl, got none"):
-        checkpoints.load(checkpoints._choose("auto"))
-
-
-def test_max_steps_below_the_checkpoint_is_refused(whole, tmp_path):
+def test_run_killed_after_its_last_checkpoint_finishes_what_is_missing(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(RankError, match=r"--max-steps must exceed the 12 steps of .*, got 6"):
-        run(tmp_path, 2, "run", "--resume", "auto", "--max-steps", "6")
+    for name in ("plain.safetensors", "split.safetensors", "results.json", "summary.png"):
+        (tmp_path / "run" / name).unlink()
+    codes, results = run(tmp_path, 2, "run", "--max-steps", "12", "--resume", "auto")
+    assert codes == [0, 0]
+    assert results["losses"] == whole[1]["losses"]
+    assert [exact(row) for row in results["epochs"]] == [exact(row) for row in whole[1]["epochs"]]
+    for name in ("plain.safetensors", "split.safetensors"):
+        assert_equal(load_file(tmp_path / "run" / name), load_file(whole[0] / name))
+    assert (tmp_path / "run" / "summary.png").is_file()
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):
@@ -390,7 +345,7 @@ def test_weight_decay_spares_biases_and_batch_norms():
 def test_data_workers_outlive_ctrl_c_and_die_with_their_rank():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Interruption():
+        with Interruption(lambda: ""):
             leave_signals_to_rank(0)
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -398,7 +353,7 @@ def test_data_workers_outlive_ctrl_c_and_die_with_their_rank():
         assert {number: signal.getsignal(number) for number in before} == before
 
 
-def begin(rank, world_size, accelerators, environment):
+def begin(rank, world_size, accelerators, environment, *arguments):
     """`recipe.start` on a machine with so many accelerators: the device and what it says."""
     from launch.recipe import start
 
@@ -407,7 +362,7 @@ def begin(rank, world_size, accelerators, environment):
     start._accelerators = lambda: accelerators
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        accelerator = start.start(parse_arguments(["--output", "unused"]))
+        accelerator = start.start(parse_arguments(["--output", "unused", *arguments]))
     return accelerator.device.type, said.getvalue()
 
 
@@ -422,9 +377,8 @@ def test_more_ranks_than_accelerators_train_on_the_cpu_and_say_so(tmp_path):
 
 
 def test_tracker_that_is_not_installed_is_refused(tmp_path):
-    arguments = ["--tracker", "clearml", "--output", str(tmp_path / "run")]
     with pytest.raises(RankError, match=r"--tracker must be installed, got clearml, which is not"):
-        run_ranks(train, 2, tmp_path, arguments)
+        run_ranks(begin, 2, tmp_path, 0, {}, "--tracker", "clearml")
 
 
 def test_gradient_accumulation_is_refused(tmp_path):

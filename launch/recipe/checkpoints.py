@@ -1,23 +1,35 @@
-"""Checkpoints from which a run goes on at the very step: where they lie, what they hold."""
+"""Checkpoints from which a run goes on at the very step: where they lie, what they hold.
+
+A checkpoint is a folder `step-<number of steps>`. It is written under another name, with a manifest
+of all files as the last, brought to the disk, and renamed: what has the name is whole unless the
+disk or somebody damages it later, and then the manifest tells.
+"""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import RunError
 
 _PROGRESS = "progress.json"
+_MANIFEST = "manifest.json"
 _EMA = "ema.safetensors"
+_PATTERN = "step-????????"
 _PARTIAL = ".partial"
+_DELETED = ".deleted"
+_KEPT = 2
 
 
 @dataclass
@@ -35,15 +47,12 @@ class Progress:
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Checkpoints:
     """The checkpoints of one run; every method is called on all ranks together.
-
-    A checkpoint is written under another name and renamed when it is whole, so that what bears
-    the name of a checkpoint is one. The last two are kept.
 
     Args:
         accelerator: whose prepared objects are saved.
@@ -65,10 +74,10 @@ class Checkpoints:
         """Return the checkpoint to go on from, decided by the main process for all.
 
         Args:
-            resume: A checkpoint's path, `"auto"` for the newest here if any, or `None`.
+            resume: A checkpoint's path, `"auto"` for the newest whole one here if any, or `None`.
 
         Raises:
-            RunError: The choice is missing, would overwrite a run, or belongs to another one.
+            RunError: The choice is missing, damaged, would overwrite a run, or is of another one.
         """
         decision: list[Any] = [None, None]
         if self.accelerator.is_main_process:
@@ -83,28 +92,45 @@ class Checkpoints:
 
     def _choose(self, resume: str | None) -> Path | None:
         """Do what `find` does, on one process."""
-        present = sorted(self.folder.glob("step-????????"))
+        present = sorted(self.folder.glob(_PATTERN))
+        if resume is None and present:
+            raise RunError(
+                "--output must be a folder without checkpoints, "
+                f"got {self.folder.parent} with {present[-1].name}; "
+                "pass --resume auto to go on from there, or another --output"
+            )
         if resume == "auto":
-            chosen = present[-1] if present else None
-        elif resume is None:
-            chosen = None
-            if present:
-                raise RunError(
-                    "--output must be a folder without checkpoints, "
-                    f"got {self.folder.parent} with {present[-1].name}; "
-                    "pass --resume auto to go on from there, or another --output"
-                )
+            chosen = self._newest_whole(present)
         else:
-            chosen = Path(resume)
-            if not (chosen / _PROGRESS).is_file():
-                raise RunError(f"--resume must be 'auto' or the path of a checkpoint, got {resume}")
-            if present and chosen.resolve() != present[-1].resolve():
-                raise RunError(
-                    f"--resume must name the newest checkpoint of --output, {present[-1]}, "
-                    f"got {resume}; pass another --output to branch off"
-                )
+            chosen = None if resume is None else self._named(Path(resume), present)
         if chosen is not None:
             self._check(json.loads((chosen / _PROGRESS).read_text())["fingerprint"], chosen)
+        return chosen
+
+    def _newest_whole(self, present: list[Path]) -> Path | None:
+        """Return the newest whole checkpoint; damaged ones are set aside and reported."""
+        for path in reversed(present):
+            problem = damage(path)
+            if problem is None:
+                return path
+            # Out of the way of the checkpoint that this run will write after the same step.
+            aside = _free_name(path, ".damaged")
+            path.rename(aside)
+            print(f"passed over {path}: {problem}; kept as {aside.name}", flush=True)
+        return None
+
+    def _named(self, chosen: Path, present: list[Path]) -> Path:
+        """Return a checkpoint that the user named, or raise."""
+        if not chosen.is_dir():
+            raise RunError(f"--resume must be 'auto' or the path of a checkpoint, got {chosen}")
+        problem = damage(chosen)
+        if problem is not None:
+            raise RunError(f"--resume must name a whole checkpoint, got {chosen}: {problem}")
+        if present and chosen.resolve() != present[-1].resolve():
+            raise RunError(
+                f"--resume must name the newest checkpoint of --output, {present[-1]}, "
+                f"got {chosen}; pass another --output to branch off"
+            )
         return chosen
 
     def _check(self, saved: dict[str, Any], path: Path) -> None:
@@ -120,43 +146,122 @@ class Checkpoints:
             )
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint named after the number of steps done."""
+        """Write a checkpoint named after the number of steps done.
+
+        Raises:
+            RunError: It cannot be written, on all ranks; the one before stays as it is.
+        """
         target = self.folder / f"step-{len(progress.losses):08d}"
         partial = target.with_name(target.name + _PARTIAL)
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(progress)}
-            if self.ema is not None:
-                save_file(contiguous_state(self.ema), partial / _EMA)
-            (partial / _PROGRESS).write_text(json.dumps(state))
-            os.replace(partial, target)
-            for old in sorted(self.folder.glob("step-????????"))[:-2]:
-                shutil.rmtree(old)
-            for stale in self.folder.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(stale)
-        self.accelerator.wait_for_everyone()
+        self._on_main(target, lambda: self._make_room(partial))
+        self._together(target, lambda: self.accelerator.save_state(str(partial)))
+        self._on_main(target, lambda: self._complete(progress, partial, target))
         self.last = target
+
+    def _on_main(self, target: Path, action: Callable[[], object]) -> None:
+        """Do something on the main process, while the others wait."""
+        self._together(target, action if self.accelerator.is_main_process else lambda: None)
+
+    def _together(self, target: Path, action: Callable[[], object]) -> None:
+        """Do something on every rank; if one fails, all raise, so that no rank waits for it."""
+        problem = None
+        try:
+            action()
+        # A full disk is an OSError or, from safetensors and torch.save, an error of their own.
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems = [each for each in gather_object([problem]) if each is not None]
+        if problems:
+            last = f"{self.last} is whole" if self.last else "there is none before it"
+            raise RunError(f"{target} must be written, got {problems[0]}; {last}")
+
+    def _make_room(self, partial: Path) -> None:
+        """Make an empty folder, after what killed runs left."""
+        for suffix in (_PARTIAL, _DELETED):
+            for stale in self.folder.glob(f"{_PATTERN}{suffix}*"):
+                shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+
+    def _complete(self, progress: Progress, partial: Path, target: Path) -> None:
+        """Write what the main process alone writes, give the checkpoint its name, drop old ones."""
+        if self.ema is not None:
+            save_file(contiguous_state(self.ema), partial / _EMA)
+        state = {"fingerprint": self.fingerprint, "progress": dataclasses.asdict(progress)}
+        (partial / _PROGRESS).write_text(json.dumps(state))
+        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps(files, indent=1))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if target.exists():
+            _delete(target)
+        partial.rename(target)
+        _sync(self.folder)
+        for old in sorted(self.folder.glob(_PATTERN))[:-_KEPT]:
+            _delete(old)
 
     def load(self, path: Path) -> Progress:
         """Restore model, optimizer, average and this rank's random states.
+
+        Nothing is unpickled but tensors and plain data: accelerate loads with `weights_only=True`.
 
         Raises:
             RunError: This rank's random states are missing; accelerate would say nothing.
         """
         states = path / f"random_states_{self.accelerator.process_index}.pkl"
         if not states.is_file():
-            raise RunError(f"{path} must hold {states.name}, got none; the checkpoint is not whole")
+            raise RunError(f"{path} must hold {states.name}, got none; start with as many ranks")
         self.accelerator.load_state(str(path))
         if self.ema is not None:
             self.ema.load_state_dict(load_file(path / _EMA))
         return Progress(**json.loads((path / _PROGRESS).read_text())["progress"])
 
 
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, or None if they are as written."""
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())
+        for name, expected in files.items():
+            if _describe(checkpoint / name) != expected:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    return None
+
+
 def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict as safetensors takes it: contiguous, on the CPU, nothing shared."""
     return {name: value.contiguous().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Return size and checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
+    doomed = _free_name(path, _DELETED)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    """Return the path with a suffix, and a number where that is taken."""
+    numbers = itertools.chain([""], itertools.count(1))
+    names = (path.with_name(f"{path.name}{suffix}{number}") for number in numbers)
+    return next(name for name in names if not name.exists())

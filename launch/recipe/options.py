@@ -14,7 +14,17 @@ from typing import Any, NoReturn
 from accelerate.utils import LoggerType
 
 # A run goes on or is repeated with other values of these; all others decide its numbers.
-INDECISIVE = ("cpu", "log_interval", "max_steps", "output", "resume", "tracker", "workers")
+INDECISIVE = (
+    "cpu",
+    "log_interval",
+    "max_steps",
+    "output",
+    "resume",
+    "save_interval",
+    "timeout",
+    "tracker",
+    "workers",
+)
 SMALL_RESNET = "small_resnet"
 
 # timm's trainer has these defaults; its learning rate is `timm_lr`.
@@ -55,7 +65,7 @@ class Parser(argparse.ArgumentParser):
             usage="accelerate launch --config_file launch/configs/two_processes.yaml "
             f"-m {recipe} [DATA] [options]",
             description=description,
-            epilog="Ctrl-C and SIGTERM end the run within --log-interval steps, with a checkpoint "
+            epilog="Ctrl-C and SIGTERM end the run within seconds, with a checkpoint "
             "and exit code 75; --resume auto goes on. The launcher of several processes adds a "
             "traceback of its own and makes the code 1.",
             formatter_class=_Formatter,
@@ -82,6 +92,9 @@ class Parser(argparse.ArgumentParser):
             if name in options and getattr(options, name) is None:
                 setattr(options, name, value)
         self._check(options)
+        if "resume" in options and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            # The launcher has started the ranks anew after a failure.
+            options.resume = "auto"
         if options.output is None:
             options.output = _output(self.name, options.resume)
         return options
@@ -94,6 +107,9 @@ class Parser(argparse.ArgumentParser):
                 bounds = f"in [{low}, {high}]" if high < _LARGE else f"at least {low}"
                 bounds = "positive" if low == _POSITIVE else bounds
                 self.refuse(name, f"must be {bounds}, got {value}")
+        output = getattr(options, "output", None)
+        if output is not None and output.exists() and not output.is_dir():
+            self.refuse("output", f"must be a folder, got {output}, which is a file")
         if options.data is not None and not options.data.is_dir():
             self.error(f"DATA must be a folder of images, got {options.data}, which is none")
 
@@ -119,9 +135,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "momentum": (0, 1),
     "num_classes": (1, _LARGE),
     "reprob": (0, 1),
+    "save_interval": (1, _LARGE),
     "seed": (0, 2**32 - 1),
     "smoothing": (0, 1),
-    "warmup_epochs": (0, _LARGE),
+    "timeout": (_POSITIVE, 1e6),
+    "warmup_epochs": (0, _FINITE),
     "weight_decay": (0, _FINITE),
     "workers": (0, _LARGE),
 }
@@ -307,7 +325,21 @@ def add_run_options(parser: Parser) -> None:
         type=int,
         default=10,
         metavar="STEPS",
-        help="steps between two looks at the losses and at the signals",
+        help="most steps between two looks at the losses and at the signals, which come every few "
+        "seconds at least",
+    )
+    group.add_argument(
+        "--save-interval",
+        type=int,
+        metavar="STEPS",
+        help="also save a checkpoint after so many steps (default: after each epoch alone)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="time after which a rank gives up waiting for another",
     )
     group.add_argument(
         "--max-steps",

@@ -81,11 +81,11 @@ class Report:
     def _record(self, rows: list[dict[str, Any]], losses: list[float]) -> None:
         self.results |= {"epochs": rows, "losses": losses}
 
-    def write(self, status: str | None = None) -> None:
+    def write(self, status: str | None = None, **entries: Any) -> None:
         """Write `results.json`, whole or not at all."""
         if not self.main:
             return
-        self.results["status"] = status or self.results["status"]
+        self.results |= {"status": status or self.results["status"], **entries}
         partial = self.folder / "results.json.partial"
         partial.write_text(json.dumps(self.results, indent=1) + "\n")
         os.replace(partial, self.folder / "results.json")

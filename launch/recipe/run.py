@@ -1,9 +1,8 @@
 """A run from the command line to its end: one `Recipe`, and everything around its training."""
 
 import argparse
+import contextlib
 import functools
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,14 @@ from torch import nn
 from sync_splitbn import SyncSplitBatchNorm
 
 from .checkpoints import Checkpoints, contiguous_state
-from .errors import RunError
+from .failure import clear_causes, reason, report_failure
 from .interruption import EXIT_INTERRUPTED, Interruption
+from .lock import locked
 from .models import plain_copy
 from .options import INDECISIVE
 from .report import Column, Report
 from .start import start
 from .trainer import Task, Trainer
-
-EXIT_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -47,62 +45,70 @@ class Recipe:
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     """Train as the options say, and return the exit code."""
-    return run_safely(functools.partial(_train, recipe), options)
+    return run_safely(functools.partial(train_once, recipe), options)
 
 
 def run_safely(
     body: Callable[[argparse.Namespace, Accelerator], int], options: argparse.Namespace
 ) -> int:
-    """Start all ranks, call `body`, and return its exit code; a `RunError` is one line and 2.
+    """Start all ranks, call `body`, and return its exit code, or that of its failure.
 
     Communication:
-        All ranks call it together. What the user gave wrong is found on all of them, and the first
-        one reports it; what only one rank meets, such as a damaged image, is reported by that one.
+        All ranks call it together.
     """
     try:
         accelerator = start(options)
         code = body(options, accelerator)
-    except RunError as error:
-        _report_error(error)
-        return EXIT_ERROR
+    except Exception as error:
+        return report_failure(error, options.output)
     # The process group may hang when it goes before the models, which were locals of `body`.
     accelerator.free_memory()
     accelerator.end_training()
     return code
 
 
-def _report_error(error: RunError) -> None:
-    """Print an error as one line, once for all ranks that meet it."""
-    message = str(error).strip()
-    # A loader's worker passes its traceback on as the message of the error.
-    is_from_worker = message.startswith("Caught ")
-    if is_from_worker:
-        message = message.splitlines()[-1].partition(": ")[2]
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first or is_from_worker or error.is_of_one_rank:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def train_once(recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Train from the beginning or a checkpoint, and return the exit code.
 
-
-def _train(recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Do everything between the first and the last use of the model."""
-    arguments = vars(options)
+    `results.json` says from the beginning to any end how the run stands: running, complete,
+    interrupted, or failed with the reason.
+    """
+    arguments = {name: _as_json(value) for name, value in vars(options).items()}
+    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     decisive = {
-        f"--{name.replace('_', '-')}": _as_json(value)
+        f"--{name.replace('_', '-')}": value
         for name, value in arguments.items()
         if name not in INDECISIVE
     }
-    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
-    checkpoint = checkpoints.find(options.resume)
-    set_seed(options.seed)
-    task = recipe.prepare(options, accelerator)
-    header = {
-        "arguments": {name: _as_json(value) for name, value in arguments.items()},
-        "device": accelerator.device.type,
-        **world,
-    }
+    header = {"arguments": arguments, "device": accelerator.device.type, **world}
     main = accelerator.is_main_process
     report = Report(options.output, main=main, columns=recipe.columns, header=header)
+    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
+    with locked(accelerator, options.output):
+        checkpoint = checkpoints.find(options.resume)
+        if main:
+            clear_causes(options.output)
+        report.write("running")
+        try:
+            return _train(recipe, options, accelerator, report, checkpoints, checkpoint)
+        except Exception as error:
+            # A full disk must not hide what happened.
+            with contextlib.suppress(OSError):
+                report.write("failed", reason=reason(error))
+            raise
+
+
+def _train(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+    report: Report,
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+) -> int:
+    """Do everything between the first and the last use of the model."""
+    set_seed(options.seed)
+    task = recipe.prepare(options, accelerator)
     checkpoints.ema = None if task.ema is None else task.ema.module
     trainer = Trainer(
         accelerator,
@@ -112,28 +118,30 @@ def _train(recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator
         epochs=options.epochs,
         max_steps=options.max_steps,
         log_interval=options.log_interval,
+        save_interval=options.save_interval,
     )
     if checkpoint is not None:
         trainer.resume(checkpoint)
     _start_tracker(accelerator, options.tracker, len(trainer.progress.losses) + 1)
-    with Interruption() as interruption:
+    with Interruption(trainer.describe) as interruption:
         origin = f", from {checkpoint}" if checkpoint else ""
         report.print(
             f"{len(task.loader)} steps an epoch of {task.loader.total_batch_size} images, "
             f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
         is_finished = trainer.run(interruption)
-    report.write("complete" if is_finished else "interrupted")
     if not is_finished:
+        report.write("interrupted")
         report.print(
             f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
             "repeat the command with --resume auto to go on"
         )
         return EXIT_INTERRUPTED
-    if main:
+    if accelerator.is_main_process:
         model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
         files = _export(options.output, model)
         recipe.draw(report.results).savefig(options.output / "summary.png")
+        report.write("complete")
         report.print(_last_words(recipe.conclude(report.results), options.output, files))
     return 0
 

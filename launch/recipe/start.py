@@ -1,6 +1,7 @@
 """From the launcher's environment to an `Accelerator` that means what the user asked for."""
 
 import argparse
+import datetime
 import os
 import shlex
 import sys
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
 
 from .errors import RunError
+from .interruption import end_with_launcher
 
 _CONFIG = "launch/configs/two_processes.yaml"
 _SUPPORTED = (
@@ -33,8 +35,13 @@ def start(options: argparse.Namespace) -> Accelerator:
         RunError: The launcher started fewer ranks than asked for, accelerate sees fewer than there
             are, or the configuration asks for something the recipes do not do.
     """
+    end_with_launcher()
+    is_on_cpu = options.cpu or _accelerators() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    timeout = datetime.timedelta(seconds=options.timeout)
+    _join_after_restart(is_on_cpu, timeout)
     accelerator = Accelerator(
-        cpu=options.cpu or _accelerators() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        cpu=is_on_cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=options.seed
         ),
@@ -62,6 +69,32 @@ def start(options: argparse.Namespace) -> Accelerator:
             file=sys.stderr,
         )
     return accelerator
+
+
+def _join_after_restart(is_on_cpu: bool, timeout: datetime.timedelta) -> None:
+    """Make the process group of ranks that the launcher has started anew.
+
+    The launcher keeps one store for all its attempts, in which the dead ranks' addresses stand:
+    each attempt gets names of its own. accelerate takes a group that is there.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    if not is_on_cpu:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        "gloo" if is_on_cpu else dist.get_default_backend_for_device(_device_type()),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+
+
+def _device_type() -> str:
+    device = torch.accelerator.current_accelerator()
+    return "cpu" if device is None else device.type
 
 
 def check_world(accelerator: Accelerator) -> None:

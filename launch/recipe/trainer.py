@@ -19,6 +19,9 @@ from .interruption import Interruption
 from .optimization import Schedule
 from .report import Report
 
+# Largest time between two looks at the signals, unless a single step takes longer.
+_SECONDS = 3.0
+
 
 @dataclass
 class Task:
@@ -56,7 +59,9 @@ class Trainer:
         report: what the run tells about itself.
         epochs: number of passes over the training images.
         max_steps: optimizer steps after which the run ends early; None for no such bound.
-        log_interval: optimizer steps between two looks at the losses and at the signals.
+        log_interval: largest number of optimizer steps between two looks at the losses and at the
+            signals; slow steps are looked at more often, every few seconds.
+        save_interval: optimizer steps between two checkpoints inside an epoch; None saves none.
     """
 
     def __init__(
@@ -69,25 +74,28 @@ class Trainer:
         epochs: int,
         max_steps: int | None,
         log_interval: int,
+        save_interval: int | None = None,
     ) -> None:
         self.accelerator, self.task = accelerator, task
         self.checkpoints, self.report = checkpoints, report
-        self.epochs, self.max_steps, self.log_interval = epochs, max_steps, log_interval
+        self.epochs, self.max_steps = epochs, max_steps
+        self.log_interval, self.save_interval = log_interval, save_interval
         self.progress = Progress()
         self._model = accelerator.unwrap_model(task.model)
         self._pending: list[Tensor] = []
         self._started = 0.0
-        self._waited = 0.0
-        self._speed: dict[str, float] = {}
+        self._waited, self._logged = 0.0, 0.0
+        self._speed = {"images_per_second": 0.0, "loading": 0.0}
+        self._interval = 1
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint that `Checkpoints.find` returned."""
         self.progress = self.checkpoints.load(checkpoint)
-        if self._is_enough() and self.progress.epoch < self.epochs:
-            raise RunError(
-                f"--max-steps must exceed the {self._steps()} steps of {checkpoint}, "
-                f"got {self.max_steps}"
-            )
+
+    def describe(self) -> str:
+        """Return where the run stands, in one line."""
+        last = self.checkpoints.last or "none"
+        return f"{self._steps()} steps done, last checkpoint {last}"
 
     def run(self, interruption: Interruption) -> bool:
         """Train to the end, and return True, or to an interruption, and return False."""
@@ -95,22 +103,23 @@ class Trainer:
         self.report.start(self.progress, len(self.task.loader))
         while not self._is_finished():
             stopped = self._train_epoch(interruption)
-            is_whole = self.progress.step == len(self.task.loader)
-            if stopped and not is_whole and not self._is_enough():
-                self._save()
-                return False
-            row = self._evaluate()
-            if is_whole:
-                self.progress.rows.append(row)
-                self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
-                self.task.schedule.step(self.progress.epoch)
+            if self.progress.step == len(self.task.loader):
+                self._end_epoch()
             self._save()
-            # A run cut short by max_steps shows its last epoch, but would resume inside it.
-            rows = self.progress.rows if is_whole else [*self.progress.rows, row]
-            self.report.epoch(rows, self.progress.losses)
             if self._agree(stopped or interruption.requested) and not self._is_finished():
                 return False
+        if self.progress.step:
+            # The run ends inside an epoch, whose row is not that of a whole one.
+            self.report.epoch([*self.progress.rows, self._evaluate()], self.progress.losses)
         return True
+
+    def _end_epoch(self) -> None:
+        """Evaluate, and begin the next epoch."""
+        progress = self.progress
+        progress.rows.append(self._evaluate())
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self.task.schedule.step(progress.epoch)
+        self.report.epoch(progress.rows, progress.losses)
 
     def _is_finished(self) -> bool:
         return self.progress.epoch == self.epochs or self._is_enough()
@@ -138,17 +147,20 @@ class Trainer:
         self.task.model.train()
         bar = self.report.bar(progress.epoch, progress.step, total)
         began, done, stopped = time.monotonic(), progress.step, False
-        self._waited = 0.0
+        self._waited, self._logged = 0.0, began
         for batch in self._batches():
             self._pending.append(self._step(batch))
             progress.step += 1
             bar.update()
-            enough = self._is_enough()
-            if enough or progress.step == total or progress.step % self.log_interval == 0:
+            is_last = self._is_enough() or progress.step == total
+            is_save = bool(self.save_interval) and self._steps() % self.save_interval == 0
+            if is_last or is_save or len(self._pending) >= self._interval:
                 self._log(bar)
                 stopped = self._agree(interruption.requested)
-            if enough or stopped:
+            if is_last or stopped:
                 break
+            if is_save:
+                self._save()
         bar.close()
         seconds = time.monotonic() - began
         images = (progress.step - done) * self.task.loader.total_batch_size
@@ -187,7 +199,13 @@ class Trainer:
 
     def _log(self, bar: tqdm) -> None:
         """Average the pending losses over the ranks, and refuse to go on from a broken one."""
-        losses = self.accelerator.reduce(torch.stack(self._pending).double(), "mean").tolist()
+        now = time.monotonic()
+        seconds = torch.tensor((now - self._logged) / len(self._pending), dtype=torch.float64)
+        own = torch.stack([*self._pending, seconds.to(self._pending[0].device)]).double()
+        *losses, seconds_per_step = self.accelerator.reduce(own, "mean").tolist()
+        # From a number that all ranks have, because they must look at the same steps.
+        self._interval = max(1, min(self.log_interval, int(_SECONDS / seconds_per_step)))
+        self._logged = now
         for loss in losses:
             self.progress.losses.append(loss)
             step = len(self.progress.losses)

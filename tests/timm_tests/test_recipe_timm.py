@@ -1,4 +1,4 @@
-"""`launch.train` on a folder of images, beside timm's own datasets, losses, optimizer and layers."""
+"""`launch.train` on a folder of images, beside timm's own datasets, losses and layers."""
 
 import contextlib
 import io
