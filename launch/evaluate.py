@@ -21,10 +21,25 @@ from .recipe.errors import RunError
 from .recipe.evaluation import evaluate
 from .recipe.loading import test_loader
 from .recipe.models import build_model, load_state, read_weights
-from .recipe.options import Parser, add_data_options
+from .recipe.options import add_data_options
+from .recipe.parser import Parser
 from .recipe.run import run_safely
 
 _AUXILIARY = re.compile(r"(?:^|\.)aux_bn\.(\d+)\.")
+
+
+# What the folder of a run knows of its model and images.
+_REMEMBERED = (
+    "data",
+    "val_split",
+    "train_split",
+    "model",
+    "num_classes",
+    "img_size",
+    "crop_pct",
+    "mean",
+    "std",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,11 +68,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.set_defaults(seed=0, timeout=600.0, tracker=None, output=None)
     weights = parser.parse_args(arguments).weights
-    known = vars(parser.parse_args([str(weights)]))
-    saved = {name: value for name, value in _saved_arguments(weights).items() if name in known}
-    # What the run started from is not what it came to.
-    saved |= {"initial_checkpoint": None, "pretrained": False, "workers": None, "batch_size": None}
-    parser.set_defaults(**saved)
+    saved = _saved_arguments(weights)
+    parser.set_defaults(**{name: saved[name] for name in _REMEMBERED if name in saved})
     return parser.parse(arguments)
 
 

@@ -25,12 +25,12 @@ from .recipe.losses import create_criterion
 from .recipe.models import build_model
 from .recipe.optimization import create_ema, create_optimizer, create_schedule
 from .recipe.options import (
-    Parser,
     add_augmentation_options,
     add_data_options,
     add_optimization_options,
     add_run_options,
 )
+from .recipe.parser import Parser
 from .recipe.report import draw_accuracy, draw_divergence, draw_loss, new_figure
 from .recipe.run import Recipe, run_recipe
 from .recipe.trainer import Task

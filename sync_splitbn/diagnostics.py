@@ -1,78 +1,190 @@
-"""How far apart the splits of a trained model are, as numbers and as a picture."""
+"""How far apart the splits are, by layer, as numbers and as a picture."""
 
-from typing import Any
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .functional import sync_split_batch_norm
 from .layer import SyncSplitBatchNorm
+
+Divergence: TypeAlias = dict[str, dict[tuple[int, int], float]]
 
 
 @torch.no_grad()
-def split_divergence(model: nn.Module) -> dict[str, list[float]]:
-    """Return how far each split's running statistics are from those of split 0, layer by layer.
+def split_divergence(
+    model: nn.Module,
+    input: Tensor | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    index: Tensor | None = None,
+) -> Divergence:
+    r"""Return how far apart the statistics of every two splits are, layer by layer.
 
-    The measure is the symmetric Kullback-Leibler divergence of two normal distributions, the
-    sum of both directions, averaged over channels: 0 where the statistics agree. Splits whose
-    divergence stays small in all layers would do with one batch norm. The variances count with
-    the layer's `eps` added, as they do in the normalization.
+    The measure is the symmetric Kullback-Leibler divergence of two normal distributions, the sum
+    of both directions, averaged over channels. For splits i and j of one channel it is
+
+    .. math::
+        \frac{1}{2} \left( \frac{\sigma_i^2 + d^2}{\sigma_j^2}
+        + \frac{\sigma_j^2 + d^2}{\sigma_i^2} \right) - 1, \qquad d = \mu_i - \mu_j
+
+    with variances that have the layer's `eps` added, as in the normalization. It is 0 where the
+    statistics agree; splits whose divergence stays small in all layers would do with one batch
+    norm.
 
     Args:
-        model: a model with `SyncSplitBatchNorm` layers, also a wrapped one.
+        model: a model with batch norms, also a wrapped one.
+        input: None compares the running statistics of the splits. A batch [N, ...] is sent through
+            the model once, in the mode that the model is in, and the statistics of its parts are
+            compared where they enter each batch norm, plain ones too. Parameters, buffers and
+            random states stay as they are.
+        sizes: rows of each contiguous part of `input`; with `index`, by default, the parts are
+            the splits of each `SyncSplitBatchNorm`.
+        index: the part of each row of `input`, integers from 0, shape [N].
 
     Returns:
-        For each layer's path, in the order of the model's modules, S - 1 numbers in nats: split 1
-        against split 0, split 2 against split 0, and so on.
+        For each layer's path, in the order of the model's modules, the divergence in nats of every
+        pair of splits (i, j), i < j. A pair with a part without rows is left out. A layer that runs
+        several times has the last.
 
     Raises:
-        ValueError: no layer of `model` keeps running statistics of several splits.
+        ValueError: no layer of `model` has several splits to compare, or `sizes` or `index` does
+            not fit the rows that a layer receives.
 
     Communication:
-        None; the statistics are the same on all ranks. It waits for the device.
+        None of its own: running statistics are the same on all ranks, and a batch is compared on
+        the rank that has it. The forward pass communicates as always: where layers synchronize in
+        training, or DDP wraps the model, all ranks must call it. It waits for the device.
+
+    Source:
+        Kullback and Leibler 1951, On Information and Sufficiency, with their symmetric sum.
 
     Example:
         >>> layer = SyncSplitBatchNorm(2)
         >>> layer.aux_bn[0].running_mean += 1.0
-        >>> [round(value, 3) for value in split_divergence(layer)[""]]
-        [1.0]
+        >>> {pair: round(value, 3) for pair, value in split_divergence(layer)[""].items()}
+        {(0, 1): 1.0}
     """
+    if input is None:
+        if sizes is not None or index is not None:
+            raise ValueError("sizes and index must come with input, got input=None")
+        statistics = _running_statistics(model)
+    else:
+        statistics = _batch_statistics(model, input, sizes, index)
     found = {
-        path: [_divergence(layer, aux) for aux in layer.aux_bn]
-        for path, layer in model.named_modules()
-        if isinstance(layer, SyncSplitBatchNorm)
-        and layer.num_splits > 1
-        and layer.running_mean is not None
+        path: _divergence_by_pair(*of_layer)
+        for path, _ in model.named_modules()
+        if (of_layer := statistics.get(path)) is not None
     }
-    if not found:
+    if not any(found.values()):
         raise ValueError(
-            "model must contain a SyncSplitBatchNorm with 2 or more splits and running "
-            f"statistics, got {type(model).__name__} without one; convert it first"
+            "model must contain a SyncSplitBatchNorm with 2 or more splits and running statistics, "
+            f"got {type(model).__name__} without one; convert it first, or pass input and sizes"
         )
     return found
 
 
-def plot_split_divergence(divergence: dict[str, list[float]], axes: Any) -> None:
-    """Draw the result of `split_divergence` on matplotlib axes, a line a split, by depth.
+def plot_split_divergence(divergence: Divergence, axes: Any) -> None:
+    """Draw the result of `split_divergence` on matplotlib axes, a line a pair, by depth.
 
     Args:
         divergence: what `split_divergence` returned.
         axes: a `matplotlib.axes.Axes`.
     """
     layers = list(enumerate(divergence.values(), start=1))
-    for i in range(max(len(values) for values in divergence.values())):
-        points = [(depth, values[i]) for depth, values in layers if i < len(values)]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"split {i + 1}")
-    if any(value > 0 for values in divergence.values() for value in values):
+    for pair in sorted({pair for pairs in divergence.values() for pair in pairs}):
+        points = [(depth, pairs[pair]) for depth, pairs in layers if pair in pairs]
+        label = f"splits {pair[0]} and {pair[1]}"
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    if any(value > 0 for pairs in divergence.values() for value in pairs.values()):
         axes.set_yscale("log")
     axes.set_xlabel("batch norm layer, input to output")
-    axes.set_ylabel("symmetric KL divergence from split 0 (nats)")
-    axes.legend()
+    axes.set_ylabel("symmetric KL divergence (nats)")
+    axes.legend(frameon=False)
 
 
-def _divergence(layer: Any, aux: Any) -> float:
-    """Return the symmetric divergence of two splits' normal distributions."""
-    mean_p, mean_q = layer.running_mean.double(), aux.running_mean.double()
-    var_p, var_q = layer.running_var.double() + layer.eps, aux.running_var.double() + layer.eps
-    apart = (mean_p - mean_q).square()
-    both = 0.5 * ((var_p + apart) / var_q + (var_q + apart) / var_p) - 1
-    return float(both.mean())
+# Mean and variance with eps, [S, C] each, and which splits have any values.
+_Statistics: TypeAlias = tuple[Tensor, Tensor, list[bool]]
+
+
+def _running_statistics(model: nn.Module) -> dict[str, _Statistics]:
+    """Return the running statistics of every layer with several splits, by path."""
+    found = {}
+    for path, layer in model.named_modules():
+        has_statistics = isinstance(layer, SyncSplitBatchNorm) and layer.running_mean is not None
+        if has_statistics and layer.num_splits > 1:
+            splits: list[Any] = [layer, *layer.aux_bn]
+            mean = torch.stack([split.running_mean for split in splits]).double()
+            var = torch.stack([split.running_var for split in splits]).double()
+            found[path] = mean, var + layer.eps, [True] * layer.num_splits
+    return found
+
+
+def _batch_statistics(
+    model: nn.Module, input: Tensor, sizes: Sequence[int] | None, index: Tensor | None
+) -> dict[str, _Statistics]:
+    """Return the statistics of the parts of a batch at every batch norm, by path."""
+    found: dict[str, _Statistics] = {}
+    parts = None
+    if sizes is not None or index is not None:
+        parts = len(sizes) if index is None else int(index.max()) + 1  # type: ignore[arg-type]
+
+    def observe(path: str, layer: Any, x: Tensor) -> None:
+        own_sizes, own_index, num_splits = sizes, index, parts
+        if num_splits is None:
+            num_splits = getattr(layer, "num_splits", 1)
+            assignment = getattr(layer, "_assignment", None)
+            if assignment is not None:
+                own_sizes, own_index = assignment.rows(x, num_splits)
+        if num_splits > 1:
+            _, moments = sync_split_batch_norm(
+                x.double(), num_splits, sizes=own_sizes, index=own_index, sync=False
+            )
+            found[path] = moments.mean, moments.var + layer.eps, (moments.count > 0).tolist()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_state_kept(model))
+        for path, layer in model.named_modules():
+            if isinstance(layer, _BatchNorm):
+                hook = functools.partial(_pass_input_to, functools.partial(observe, path))
+                stack.callback(layer.register_forward_pre_hook(hook).remove)
+        model(input)
+    return found
+
+
+def _pass_input_to(
+    observe: Callable[[nn.Module, Tensor], None], layer: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    """Give `observe` what a layer is called with."""
+    observe(layer, args[0])
+
+
+@contextlib.contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Put all buffers of a model and the random states back afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _divergence_by_pair(
+    mean: Tensor, var: Tensor, has_values: list[bool]
+) -> dict[tuple[int, int], float]:
+    """Return the mean over channels of the symmetric divergence of each two splits."""
+    pairs = {}
+    for i, j in itertools.combinations(range(len(mean)), 2):
+        if has_values[i] and has_values[j]:
+            square = (mean[i] - mean[j]).square()
+            both = 0.5 * ((var[i] + square) / var[j] + (var[j] + square) / var[i]) - 1
+            pairs[i, j] = float(both.mean())
+    return pairs

@@ -36,10 +36,17 @@ LAUNCH_FLOORS = [
     {"recipe.run"},
     {"recipe.trainer"},
     {"recipe.report", "recipe.evaluation", "recipe.loading", "recipe.losses", "recipe.start"},
-    {"recipe.checkpoints", "recipe.interruption", "recipe.models", "recipe.optimization"},
+    {
+        "recipe.checkpoints",
+        "recipe.interruption",
+        "recipe.lock",
+        "recipe.failure",
+        "recipe.models",
+        "recipe.optimization",
+    },
     {"recipe.options", "images.sets"},
     {"images.digits", "images.folders", "images.views", "images.shift"},
-    {"images.augment", "recipe.errors"},
+    {"images.augment", "recipe.errors", "recipe.parser"},
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}
 

@@ -53,8 +53,10 @@ class Interruption:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
         self._left.set()
-        os.close(self._write)
+        # Not by closing the pipe: data workers, forked meanwhile, hold it open too.
+        os.write(self._write, b"\0")
         self._watcher.join()
+        os.close(self._write)
         os.close(self._read)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from .failure import clear_causes, reason, report_failure
 from .interruption import EXIT_INTERRUPTED, Interruption
 from .lock import locked
 from .models import plain_copy
-from .options import INDECISIVE
+from .parser import INDECISIVE
 from .report import Column, Report
 from .start import start
 from .trainer import Task, Trainer

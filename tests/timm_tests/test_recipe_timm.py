@@ -229,27 +229,27 @@ def test_run_resumed_inside_an_epoch_equals_the_whole_one_bit_for_bit(finished, 
 
 
 def test_evaluation_of_a_run_gives_its_accuracy_and_every_split(finished, tmp_path):
-    (code, said), _ = run_ranks(score, 2, tmp_path, [str(finished[0])])
+    (code, said), _ = run_ranks(score, 2, tmp_path, [str(finished[0]), "-j", "0"])
     last = json.loads((finished[0] / "results.json").read_text())["epochs"][-1]
     lines = re.findall(r"^ +(\d) +([\d.]+) +([\d.]+)%$", said, re.MULTILINE)
-    assert code == 0
+    assert code == 0, said
     assert [split for split, _, _ in lines] == ["0", "1", "2"]
     assert float(lines[0][1]) == pytest.approx(last["ema_loss"], abs=1e-4)
     assert float(lines[0][2]) / 100 == pytest.approx(last["ema_accuracy"], abs=1e-4)
     assert len({loss for _, loss, _ in lines}) == 3
     checkpoint = str(finished[0] / "checkpoints" / "step-00000007")
-    ((code, said),) = run_ranks(score, 1, tmp_path, [checkpoint, "--eval-split", "0"])
-    assert code == 0
+    ((code, said),) = run_ranks(score, 1, tmp_path, [checkpoint, "-j", "0", "--eval-split", "0"])
+    assert code == 0, said
     assert f"{last['test_loss']:.4f}" in said
 
 
 def test_evaluation_of_a_file_of_weights_needs_the_model_and_the_folder(finished, folder, tmp_path):
     shutil.copy(finished[0] / "plain.safetensors", tmp_path / "plain.safetensors")
     weights = str(tmp_path / "plain.safetensors")
-    arguments = [weights, str(folder), "--model", "resnet18", "--img-size", "32"]
+    arguments = [weights, str(folder), "--model", "resnet18", "--img-size", "32", "-j", "0"]
     ((code, said),) = run_ranks(score, 1, tmp_path, arguments)
     last = json.loads((finished[0] / "results.json").read_text())["epochs"][-1]
-    assert code == 0
+    assert code == 0, said
     assert f"{last['ema_loss']:.4f}" in said
     ((code, said),) = run_ranks(score, 1, tmp_path, [*arguments, "--model", "resnet34"])
     assert code == 2
