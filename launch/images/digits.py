@@ -29,6 +29,11 @@ class Digits(Dataset[tuple[Image.Image, int]]):
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels, self.labels = pixels, labels
 
+    @property
+    def targets(self) -> list[int]:
+        """The class of every image."""
+        return [int(label) for label in self.labels]
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -42,6 +42,11 @@ class ImageFolder(Dataset[tuple[Any, int]]):
                 "remove the empty folder, there and in the other set"
             )
 
+    @property
+    def targets(self) -> list[int]:
+        """The class of every image."""
+        return [label for _, label in self.reader.samples]
+
     def __len__(self) -> int:
         return len(self.reader)
 

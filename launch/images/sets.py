@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..recipe.errors import RunError
 from .augment import RandAugment
-from .digits import MNIST_MEAN, MNIST_STD, mnist
+from .digits import MNIST_MEAN, MNIST_STD, Digits, mnist
 from .folders import (
     ImageFolder,
     class_names,
@@ -29,8 +29,10 @@ class ImageSets:
     """Images of both sets, and the ways from an image to the input of a model, [C, H, W].
 
     Attributes:
-        train: (PIL image, class) pairs; what all views of an image share, crop and flip, is done.
+        train: (PIL image, class) pairs, with `targets`; crop and flip, which all views of an image
+            share, are done.
         test: ([C, H, W], class) pairs, without randomness.
+        test_targets: the class of every test image.
         clean: converts and normalizes a training image.
         erased: does this, and may erase a rectangle.
         augmented: augments before, and may erase a rectangle.
@@ -38,8 +40,9 @@ class ImageSets:
         std: standard deviation of each band, as a fraction of white.
     """
 
-    train: Dataset[Any]
+    train: Digits | ImageFolder
     test: Dataset[Any]
+    test_targets: Sequence[int]
     clean: Transform
     erased: Transform
     augmented: Transform
@@ -103,9 +106,11 @@ def _digits(options: argparse.Namespace) -> ImageSets:
         raise RunError(str(error)) from error
     erase = RandomErasing(options.reprob) if options.reprob > 0 else None
     clean = View(mean, std)
+    train, test = mnist()
     return ImageSets(
-        train=mnist()[0],
-        test=load_test_images(options, None),
+        train=train,
+        test=_Transformed(test, clean),
+        test_targets=test.targets,
         clean=clean,
         erased=View(mean, std, None, erase),
         augmented=View(mean, std, policy, erase),
@@ -129,6 +134,7 @@ def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
     return ImageSets(
         train=train,
         test=test,
+        test_targets=test.targets,
         clean=clean,
         erased=erased,
         augmented=_Then(augment, erased),

@@ -22,7 +22,7 @@ def training_loader(
     images: int = len(dataset)  # type: ignore[arg-type]
     if images < options.batch_size * accelerator.num_processes:
         raise RunError(
-            f"--batch-size must leave a whole batch for each rank, got {options.batch_size} on "
+            f"-b must leave a whole batch for each rank, got {options.batch_size} on "
             f"{accelerator.num_processes} ranks for {images} images"
         )
     return _loader(options, accelerator, dataset, is_training=True)

@@ -105,23 +105,23 @@ def add_augmentation_options(parser: Parser, group: Any) -> None:
     )
 
 
-def add_optimization_options(parser: Parser) -> None:
-    """Add optimizer, schedule, precision and averaging."""
+def add_optimization_options(
+    parser: Parser,
+    batch_flag: str = "--batch-size",
+    batch: str = "images in a batch of each rank, before they become views",
+) -> None:
+    """Add optimizer, schedule, precision and averaging; `batch` says what the batch size counts."""
     group = parser.add_argument_group("optimization")
     for flags, kind, name, text in (
         (("--epochs",), int, "epochs", "passes over the training images"),
-        (
-            ("-b", "--batch-size"),
-            int,
-            "batch_size",
-            "images in a batch of each rank, before they become views",
-        ),
+        (("-b", batch_flag), int, "batch_size", batch),
         (("--lr",), float, "lr", "highest learning rate, for all ranks together"),
         (("--weight-decay",), float, "weight_decay", "L2 factor, not on biases and batch norms"),
         (("--warmup-epochs",), float, "warmup_epochs", "epochs in which the learning rate rises"),
     ):
         group.add_argument(
             *flags,
+            dest=name,
             type=kind,
             metavar=kind.__name__.upper(),
             help=parser.two_defaults(name, text),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
@@ -63,7 +64,8 @@ def run_safely(
         return report_failure(error, options.output)
     # The process group may hang when it goes before the models, which were locals of `body`.
     accelerator.free_memory()
-    accelerator.end_training()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 
@@ -108,6 +110,8 @@ def _train(
 ) -> int:
     """Do everything between the first and the last use of the model."""
     set_seed(options.seed)
+    accelerator.dataloader_config.data_seed = options.seed
+    accelerator.project_configuration.set_directories(str(options.output))
     task = recipe.prepare(options, accelerator)
     checkpoints.ema = None if task.ema is None else task.ema.module
     trainer = Trainer(
@@ -130,6 +134,8 @@ def _train(
             f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
         is_finished = trainer.run(interruption)
+    for tracker in accelerator.trackers:
+        tracker.finish()
     if not is_finished:
         report.write("interrupted")
         report.print(

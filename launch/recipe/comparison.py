@@ -1,0 +1,114 @@
+"""Several runs of a recipe in one command, each in a folder of its own, and what they come to."""
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+
+from .errors import RunError
+from .run import Recipe, train_once
+
+# Variant: the results.json of its runs, one for each seed.
+Results = Mapping[str, Sequence[dict[str, Any]]]
+
+
+def compare(
+    recipe: Recipe,
+    variants: Mapping[str, Mapping[str, Any]],
+    seeds: int,
+    draw: Callable[[Results], Any],
+    metrics: Sequence[str],
+    options: argparse.Namespace,
+    accelerator: Accelerator,
+) -> int:
+    """Train every variant with every seed, and return the exit code.
+
+    A run that is complete is not trained again: an interrupted comparison goes on with
+    `--resume auto`.
+
+    Args:
+        recipe: what is trained.
+        variants: by name, the options in which each differs.
+        seeds: runs of each variant, with `--seed`, `--seed` + 1 and so on.
+        draw: draws the figure of all results.
+        metrics: keys of the last table row that are compared.
+        options: of the command line; `output` receives a folder for each run.
+        accelerator: which all runs share.
+    """
+    runs = {
+        (name, seed): _options_of_run(options, name, changes, options.seed + seed)
+        for name, changes in variants.items()
+        for seed in range(seeds)
+    }
+    for number, ((name, _), each) in enumerate(runs.items(), start=1):
+        if options.resume == "auto" and _is_complete(each):
+            continue
+        accelerator.print(f"\n{name}, seed {each.seed}: run {number} of {len(runs)}, {each.output}")
+        code = train_once(recipe, each, accelerator)
+        if code:
+            return code
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+        for (name, _), each in runs.items():
+            results[name].append(json.loads((each.output / "results.json").read_text()))
+        draw(results).savefig(options.output / "summary.png")
+        summary = summarize(results, metrics)
+        (options.output / "comparison.json").write_text(json.dumps(summary, indent=1) + "\n")
+        accelerator.print("\n" + _table(summary))
+        accelerator.print(f"  {options.output / 'comparison.json'}  the same numbers")
+        accelerator.print(f"  {options.output / 'summary.png'}  the same as a figure")
+    return 0
+
+
+def summarize(results: Results, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return mean, standard error and values of each metric's last row, by variant."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name, runs in results.items():
+        summary[name] = {}
+        for metric in metrics:
+            values = [run["epochs"][-1][metric] for run in runs]
+            mean, error = mean_and_error(values)
+            summary[name][metric] = {"mean": mean, "standard_error": error, "values": values}
+    return summary
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, 0 of a single value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, 0.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _options_of_run(
+    options: argparse.Namespace, name: str, changes: Mapping[str, Any], seed: int
+) -> argparse.Namespace:
+    """Return the options of one run."""
+    each = copy.copy(options)
+    vars(each).update(changes)
+    each.seed, each.output = seed, options.output / f"{name}-seed{seed}"
+    if options.resume not in (None, "auto"):
+        raise RunError(f"--resume must be auto for several runs, got {options.resume}")
+    return each
+
+
+def _is_complete(options: argparse.Namespace) -> bool:
+    file = options.output / "results.json"
+    return file.is_file() and json.loads(file.read_text())["status"] == "complete"
+
+
+def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line for each variant: mean and standard error of each metric."""
+    metrics = next(iter(summary.values()))
+    width = max(len(name) for name in (*summary, "variant"))
+    lines = [f"{'variant':{width}}" + "".join(f"  {metric:>24}" for metric in metrics)]
+    for name, values in summary.items():
+        cells = (f"{v['mean']:.2%} ± {v['standard_error']:.2%}" for v in values.values())
+        lines.append(f"{name:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
+    return "\n".join(lines)
