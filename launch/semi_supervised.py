@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
@@ -33,30 +31,20 @@ from sync_splitbn import (
 from .images.labelled import FirstView, LabelledAndUnlabelled, divide
 from .images.sets import ImageSets, count_channels, count_classes, load_images
 from .images.shift import Shift, Shifted
-from .recipe.comparison import Results, compare, mean_and_error
+from .recipe.comparison import compare
 from .recipe.consistency import divergence_loss, pseudo_label_loss, virtual_adversary
 from .recipe.evaluation import evaluate
 from .recipe.loading import test_loader, training_loader
 from .recipe.models import build_model
 from .recipe.optimization import create_ema, create_optimizer, create_schedule
-from .recipe.options import (
-    add_augmentation_options,
-    add_data_options,
-    add_optimization_options,
-    add_run_options,
-)
-from .recipe.parser import Parser
-from .recipe.report import draw_accuracy, draw_loss, new_figure
 from .recipe.run import Recipe, run_safely
+from .recipe.semi_supervised_figures import draw_comparison, draw_run
+from .recipe.semi_supervised_options import parse_arguments
 from .recipe.trainer import Task
 
-NORMS = {
-    "joint": "all rows share statistics",
-    "split": "labelled and unlabelled rows have statistics and parameters of their own",
-    "split-shared-affine": "statistics of their own, shared parameters",
-    "labelled-only-test": "joint, but tested with statistics of the labelled images alone",
-    "separate-calls": "joint layers, called for labelled and unlabelled rows one after the other",
-}
+# Items of the batch whose divergence is observed.
+_PROBED = 32
+
 COLUMNS = (
     ("test_loss", "test loss", "9.4f"),
     ("test_accuracy", "test accuracy", "13.2%"),
@@ -229,66 +217,6 @@ def divergence_by_layer(model: nn.Module, probe: Any, device: torch.device) -> d
     return {layer: pairs[0, 1] for layer, pairs in found.items()}
 
 
-def draw(results: dict[str, Any]) -> Figure:
-    """Draw loss, accuracy and the divergence over depth of one run."""
-    figure, axes = new_figure(3, _title(results))
-    draw_loss(axes[0], results, {"test_loss": "test images"})
-    draw_accuracy(axes[1], results, {"test_accuracy": "test images"})
-    _draw_depth(axes[2], {results["arguments"]["norm"]: [results]})
-    return figure
-
-
-def draw_comparison(results: Results) -> Figure:
-    """Draw accuracy by normalization, and how far the two domains are apart, by depth and time."""
-    first = next(iter(results.values()))[0]
-    figure, axes = new_figure(3, _title(first))
-    for number, (norm, runs) in enumerate(results.items()):
-        accuracies = [run["epochs"][-1]["test_accuracy"] for run in runs]
-        mean, error = mean_and_error(accuracies)
-        axes[0].bar(number, mean, yerr=error, color=f"C{number}", alpha=0.6, capsize=4)
-        axes[0].plot([number] * len(runs), accuracies, "k.", markersize=4)
-        axes[0].annotate(f"{mean:.1%}", (number, 0.02), ha="center")
-        epochs = [row["epoch"] for row in runs[0]["epochs"]]
-        over_time = [
-            sum(run["epochs"][i]["divergence"] for run in runs) / len(runs)
-            for i in range(len(epochs))
-        ]
-        axes[2].plot(epochs, over_time, marker=".", color=f"C{number}", label=norm)
-    axes[0].set_xticks(range(len(results)), [norm.replace("-", "-\n") for norm in results])
-    axes[0].set(title="test accuracy, standard error over seeds", ylim=(0, 1))
-    axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    _draw_depth(axes[1], results)
-    axes[2].set(title="mean over layers, by epoch", xlabel="epoch", yscale="log")
-    axes[2].set_ylabel("symmetric KL divergence (nats)")
-    axes[2].legend(frameon=False)
-    return figure
-
-
-def _draw_depth(axes: Any, results: Results) -> None:
-    """Draw the divergence at the end of training by layer, the mean over seeds."""
-    for number, (norm, runs) in enumerate(results.items()):
-        by_run = [[*run["epochs"][-1]["divergences"].values()] for run in runs]
-        means = [sum(values) / len(values) for values in zip(*by_run, strict=True)]
-        axes.plot(range(1, len(means) + 1), means, marker="o", color=f"C{number}", label=norm)
-    axes.set(title="labelled and unlabelled statistics apart", yscale="log")
-    axes.set(xlabel="batch norm layer, input to output", ylabel="symmetric KL divergence (nats)")
-    axes.legend(frameon=False)
-
-
-def _title(results: dict[str, Any]) -> str:
-    options = results["arguments"]
-    shifts = [
-        f"{name.replace('_', ' ')} {options[name]}"
-        for name, none in (("salt_and_pepper", 0), ("contrast", 1), ("blur", 0))
-        if options[name] != none
-    ]
-    shifts = (["inverted"] if options["invert"] else []) + shifts
-    return (
-        f"{options['method']}, {options['labelled']} labelled images, unlabelled ones "
-        f"{', '.join(shifts) or 'not shifted'}, {results['ranks']} x {results['device']}"
-    )
-
-
 def conclude(results: dict[str, Any]) -> str:
     """Return the test accuracy in a sentence."""
     last = results["epochs"][-1]
@@ -301,124 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     body = functools.partial(
         compare,
-        Recipe(COLUMNS, prepare, draw, conclude),
+        Recipe(COLUMNS, prepare, draw_run, conclude),
         {norm: {"norm": norm} for norm in options.norm},
         options.seeds,
         draw_comparison,
         ["test_accuracy"],
     )
     return run_safely(body, options)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, or exit with a message that says what must hold."""
-    parser = Parser(
-        "launch.semi_supervised",
-        "Train on a few labelled images and many unlabelled ones from another domain, and compare "
-        "ways to normalize the mixed batch.",
-        digits=_DIGITS,
-    )
-    add_data_options(parser)
-    _add_method_options(parser)
-    _add_shift_options(parser)
-    add_optimization_options(
-        parser, "--batch-labelled", "labelled images in a batch of each rank; unlabelled: --mu"
-    )
-    add_run_options(parser)
-    options = parser.parse(arguments)
-    for name, (low, high) in _RANGES.items():
-        if not low <= getattr(options, name) <= high:
-            parser.refuse(name, f"must be in [{low}, {high}], got {getattr(options, name)}")
-    return options
-
-
-_PROBED = 32
-_DIGITS = {"epochs": 8, "batch_size": 16, "warmup_epochs": 1.0, "lr": 0.05}
-_RANGES = {
-    "labelled": (1, 10**9),
-    "mu": (1, 10**4),
-    "seeds": (1, 1000),
-    "missing_classes": (0, 10**6),
-    "threshold": (0, 1),
-    "unlabelled_weight": (0, 1e6),
-    "vat_epsilon": (0, 1e6),
-    "vat_xi": (1e-12, 1e6),
-    "salt_and_pepper": (0, 1),
-    "contrast": (0, 1e3),
-    "blur": (0, 1e3),
-}
-
-
-def _add_method_options(parser: Parser) -> None:
-    group = parser.add_argument_group("labelled and unlabelled images")
-    group.add_argument(
-        "--norm",
-        nargs="+",
-        choices=NORMS,
-        default=["joint", "split"],
-        metavar="NORM",
-        help="one or several to compare: "
-        + "; ".join(f"{name} ({what})" for name, what in NORMS.items()),
-    )
-    group.add_argument(
-        "--method",
-        choices=("pseudo-label", "fixmatch", "vat"),
-        default="pseudo-label",
-        help="what unlabelled rows are trained on: their own most likely class, that of a weak "
-        "view (with --aa for the strong one), or robustness to a virtual adversary",
-    )
-    group.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each NORM")
-    group.add_argument(
-        "--labelled", type=int, default=100, metavar="N", help="labelled images, alike a class"
-    )
-    group.add_argument(
-        "--mu", type=int, default=4, metavar="N", help="unlabelled images for each labelled one"
-    )
-    group.add_argument(
-        "--targets",
-        choices=("frozen", "same"),
-        default="frozen",
-        help="where pseudo-labels come from: a forward pass of the unlabelled rows before, which "
-        "running statistics do not remember, or the training pass itself",
-    )
-    group.add_argument(
-        "--threshold", type=float, default=0.95, help="least probability of a pseudo-label"
-    )
-    group.add_argument(
-        "--unlabelled-weight", type=float, default=1.0, metavar="W", help="of the unlabelled loss"
-    )
-    group.add_argument(
-        "--vat-epsilon", type=float, default=2.5, metavar="L", help="length of the adversary's step"
-    )
-    group.add_argument(
-        "--vat-xi", type=float, default=1e-2, metavar="L", help="length of its trial step"
-    )
-    add_augmentation_options(parser, group)
-
-
-def _add_shift_options(parser: Parser) -> None:
-    group = parser.add_argument_group("shift of the unlabelled images")
-    group.add_argument(
-        "--salt-and-pepper",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="share of the pixels that become black or white",
-    )
-    group.add_argument("--invert", action="store_true", help="black becomes white")
-    group.add_argument(
-        "--contrast", type=float, default=1.0, metavar="FACTOR", help="1 leaves the image"
-    )
-    group.add_argument(
-        "--blur", type=float, default=0.0, metavar="RADIUS", help="of a Gaussian, in pixels"
-    )
-    group.add_argument(
-        "--missing-classes",
-        type=int,
-        default=0,
-        metavar="N",
-        help="last classes that the labelled images lack, which are not tested either",
-    )
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ FLOORS = [
 ]
 LAUNCH_FLOORS = [
     {"train", "semi_supervised", "advprop", "evaluate"},
+    {"recipe.semi_supervised_figures"},
     {"recipe.comparison"},
     {"recipe.run"},
     {"recipe.trainer"},
     {"recipe.report", "recipe.evaluation", "recipe.loading", "recipe.losses", "recipe.start"},
+    {"recipe.consistency", "recipe.semi_supervised_options", "recipe.attack"},
     {
         "recipe.checkpoints",
         "recipe.interruption",
@@ -44,6 +46,7 @@ LAUNCH_FLOORS = [
         "recipe.models",
         "recipe.optimization",
     },
+    {"images.labelled"},
     {"recipe.options", "images.sets"},
     {"images.digits", "images.folders", "images.views", "images.shift"},
     {"images.augment", "recipe.errors", "recipe.parser"},

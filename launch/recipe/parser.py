@@ -160,9 +160,15 @@ def _output(name: str, resume: str | None) -> Path:
     if resume not in (None, "auto"):
         return Path(resume).parent.parent
     newest, number = None, 1
-    while any((folder := _numbered(name, number)).glob("checkpoints/step-????????")):
+    while _holds_run(folder := _numbered(name, number)):
         newest, number = folder, number + 1
     return newest if resume == "auto" and newest else folder
+
+
+def _holds_run(folder: Path) -> bool:
+    """Return whether there is a checkpoint of a run, or of one of several runs."""
+    names = ("checkpoints/step-????????", "*/checkpoints/step-????????")
+    return any(any(folder.glob(name)) for name in names)
 
 
 def _numbered(name: str, number: int) -> Path:
