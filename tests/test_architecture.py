@@ -32,12 +32,13 @@ FLOORS = [
 ]
 LAUNCH_FLOORS = [
     {"train", "semi_supervised", "advprop", "evaluate"},
-    {"recipe.semi_supervised_figures"},
+    {"recipe.semi_supervised_figures", "recipe.advprop_figures"},
     {"recipe.comparison"},
     {"recipe.run"},
     {"recipe.trainer"},
     {"recipe.report", "recipe.evaluation", "recipe.loading", "recipe.losses", "recipe.start"},
-    {"recipe.consistency", "recipe.semi_supervised_options", "recipe.attack"},
+    {"recipe.consistency", "recipe.attack"},
+    {"recipe.semi_supervised_options", "recipe.advprop_options"},
     {
         "recipe.checkpoints",
         "recipe.interruption",

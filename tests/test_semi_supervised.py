@@ -275,19 +275,6 @@ def train(rank, world_size, arguments):
 
 SMALL = ["-b", "4", "--labelled", "20", "--mu", "2", "--epochs", "2", "--lr", "0.01"]
 SMALL += ["--log-interval", "3"]
-    "-b",
-    "4",
-    "--labelled",
-    "20",
-    "--mu",
-    "2",
-    "--epochs",
-    "2",
-    "--log-interval",
-    "3",
-    "--lr",
-    "0.01",
-]
 NORMS = ["joint", "split", "split-shared-affine", "labelled-only-test", "separate-calls"]
 
 
