@@ -1,1 +1,1 @@
-"""Our layer beside its peers, on this machine: `python -m launch.benchmark --help` says how."""
+"""`python -m launch.benchmark`: the layer beside what one would use instead of it."""

@@ -1,173 +1,111 @@
-"""The model level: a training step of ResNet-50 whose batch norms are each contender's."""
+"""A whole model: the training step of ResNet-50 with each implementation's batch norms."""
 
 import argparse
-import contextlib
 import functools
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .cases import LAYOUTS, Setting
-from .contenders import Contender
-from .counts import peak_bytes
-from .layers import Bench, measure_messages
-from .measure import Step, in_turn, warm_up
+from .implementations import Implementation
+from .shapes import LAYOUTS, Setting
+from .timing import Step, as_json, in_turn, warm_up
 
 _CLASSES = 1000
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut.
-
-    Args:
-        inputs: channels that come in.
-        width: channels between the convolutions; four times as many go out.
-        stride: step of the 3 x 3 convolution, in pixels.
-    """
+    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        outputs = 4 * width
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.layers = nn.Sequential(
+            *_convolution(inputs, width, 1),
+            nn.ReLU(inplace=True),
+            *_convolution(width, width, 3, stride),
+            nn.ReLU(inplace=True),
+            *_convolution(width, 4 * width, 1),
+        )
+        is_equal = stride == 1 and inputs == 4 * width
+        convolution = () if is_equal else _convolution(inputs, 4 * width, 1, stride)
+        self.shortcut = nn.Sequential(*convolution)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Keep the shape but for the channels and the stride."""
-        hidden = self.relu(self.bn1(self.conv1(input)))
-        hidden = self.relu(self.bn2(self.conv2(hidden)))
-        hidden = self.bn3(self.conv3(hidden))
-        hidden += self.downsample(input)
-        return self.relu(hidden)
+        """Return the sum of both ways, rectified."""
+        return F.relu(self.layers(input) + self.shortcut(input), inplace=True)
+
+
+def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    return convolution, nn.BatchNorm2d(outputs)
 
 
 def resnet50() -> nn.Module:
-    """Return ResNet-50 as torchvision builds it, layer for layer, but for the initialization."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, padding=1),
-    ]
+    """Return ResNet-50, as torchvision builds it but for the initialization."""
+    layers = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
     inputs = 64
     for width, depth, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for block in range(depth):
             layers.append(Bottleneck(inputs, width, stride if block == 0 else 1))
             inputs = 4 * width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, _CLASSES)
-    )
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, _CLASSES))
+    return nn.Sequential(*layers, *head)
 
 
-@functools.cache
-def architecture() -> tuple[Callable[[], nn.Module], str]:
-    """Return who builds the model, torchvision if it loads here, and the name to report."""
-    try:
-        from torchvision.models import resnet50 as theirs
-    except (ImportError, RuntimeError):  # the latter beside a torch that it was not built for
-        return resnet50, "launch.benchmark.model"
-    return theirs, f"torchvision {metadata.version('torchvision')}"
-
-
-def build_model(one: Contender, splits: int) -> nn.Module:
-    """Return ResNet-50 with a contender's layers in the place of its batch norms."""
-    model = architecture()[0]()
+def build_model(each: Implementation, splits: int) -> nn.Module:
+    """Return ResNet-50 with an implementation's layers in the place of its batch norms."""
+    model = resnet50()
     for name, norm in list(model.named_modules()):
         if isinstance(norm, nn.BatchNorm2d):
-            model.set_submodule(name, one.build(norm.num_features, splits))
+            model.set_submodule(name, each.build(norm.num_features, splits))
     return model
 
 
-def model_settings(options: argparse.Namespace) -> list[Setting]:
-    """Return what the command line asks for."""
-    return [
-        Setting("resnet50 step", dtype, layout, splits, "both")
-        for dtype in options.dtype
-        for layout in options.layout
-        for splits in options.splits
-    ]
-
-
 def measure_model(
-    setting: Setting, options: argparse.Namespace, contenders: list[Contender], bench: Bench
+    setting: Setting,
+    options: argparse.Namespace,
+    implementations: list[Implementation],
+    device: torch.device,
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Return what is known of a setting: forward, loss, backward and SGD of each contender."""
+    """Return what is known of a setting: forward, loss, backward and SGD of each implementation."""
     torch.manual_seed(0)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
-    images = torch.randn(shape, device=bench.device)
-    images = images.contiguous(memory_format=LAYOUTS[setting.layout])
-    labels = torch.randint(_CLASSES, (options.batch_size,), device=bench.device)
-    # Messages are counted before DDP wraps the model and adds its own.
-    bare: dict[str, Step] = {}
-
-    def make(one: Contender) -> Step:
-        bare[one.name], step = _steps(one, setting, images, labels, bench)
-        return step
-
-    if any(one.compiled for one in contenders):
-        torch._dynamo.reset()
-    makers = {one.name: functools.partial(make, one) for one in contenders}
-    steps, failed = warm_up(makers, bench.tick)
-    times = in_turn(steps, bench.stopwatch, bench.repeats, bench.tick)
-    for _ in range(len(failed) * bench.repeats):
-        bench.tick()
-    collectives = measure_messages({name: bare[name] for name in steps}, contenders, bench)
-    rows = {
-        name: {
-            **time.as_json(),
-            **(host.as_json("host_") if bench.device.type == "cuda" else {}),
-            "images_per_s": options.batch_size * bench.ranks / time.median * 1e3,
-            "peak_bytes": peak_bytes(steps[name], bench.device),
-            **collectives[name],
-        }
-        for name, (time, host) in times.items()
+    images = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[setting.layout])
+    labels = torch.randint(_CLASSES, (options.batch_size,), device=device)
+    makers = {
+        each.name: functools.partial(_step, each, setting, images, labels)
+        for each in implementations
     }
-    origin = architecture()[1]
-    return {"model": origin, "shape": shape, "contenders": rows, "failed": failed}
+    steps, failed = warm_up(makers)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rows = {
+        name: {**as_json(time), "images_per_s": options.batch_size * ranks / time.median}
+        for name, time in in_turn(steps, options.repeats, tick).items()
+    }
+    return {"shape": shape, "layers": 1, "contenders": rows, "failed": failed}
 
 
-def _steps(
-    one: Contender, setting: Setting, images: Tensor, labels: Tensor, bench: Bench
-) -> tuple[Step, Step]:
-    """Return forward and backward of the bare model, and the whole step as it is trained."""
-    model = build_model(one, setting.splits).to(bench.device, memory_format=LAYOUTS[setting.layout])
+def _step(each: Implementation, setting: Setting, images: Tensor, labels: Tensor) -> Step:
+    """Return a whole training step."""
+    model = build_model(each, setting.splits)
+    model = model.to(images.device, memory_format=LAYOUTS[setting.layout])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    if one.compiled:
-        model = torch.compile(model, dynamic=False)
-    trained = DistributedDataParallel(model) if bench.ranks > 1 else model
-    half = setting.dtype != "float32"
-
-    def gradients(module: nn.Module) -> None:
-        context = (
-            torch.autocast(bench.device.type, getattr(torch, setting.dtype))
-            if half
-            else contextlib.nullcontext()
-        )
-        with context:
-            loss = F.cross_entropy(module(images), labels)
-        loss.backward()
+    if each.compiled:
+        model.compile(dynamic=False)
+    has_peers = dist.is_initialized() and dist.get_world_size() > 1
+    trained = DistributedDataParallel(model) if has_peers else model
+    dtype = getattr(torch, setting.dtype)
 
     def step() -> None:
-        gradients(trained)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(trained(images), labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def bare() -> None:
-        gradients(model)
-        optimizer.zero_grad()
-
-    return bare, step
+    return step
