@@ -127,7 +127,9 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
 
     images = load_images(options, model)
     dataset = training_set(options, images)
-    probe = default_collate([dataset[i] for i in range(min(_PROBED, len(dataset)))])
+    # Drawn at random, because a set may be sorted by class.
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    probe = default_collate([dataset[i] for i in order[:_PROBED].tolist()])
     if options.torchcompile:
         model.compile(backend=options.torchcompile)
     model, optimizer, loader, tests, labelled = accelerator.prepare(
@@ -163,6 +165,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=dataset.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        images_per_item=1 + options.mu,
         clip_grad=options.clip_grad,
         ema=ema,
     )

@@ -111,7 +111,9 @@ def test_implementations_are_timed_in_turn_and_as_often():
 def test_times_are_median_and_interquartile_range():
     (measured,) = in_turn({"sleep": lambda: None}, 5).values()
     times = [0.001, 0.002, 0.003, 0.004, 0.100]
-    assert as_json(type(measured)(1, times, measured.task_spec)) == pytest.approx({"median_ms": 3.0, "iqr_ms": 2.0})
+    assert as_json(type(measured)(1, times, measured.task_spec)) == pytest.approx(
+        {"median_ms": 3.0, "iqr_ms": 2.0}
+    )
 
 
 def test_what_fails_is_reported_and_the_others_are_measured():

@@ -160,7 +160,7 @@ def test_error_of_the_user_is_one_line_from_one_rank(tmp_path):
     output = tmp_path / "file"
     output.write_text("")
     for arguments, message in (
-        (["-b", "5000"], r"--batch-size must leave a whole batch for each rank, got 5000 .*"),
+        (["-b", "5000"], r"-b must leave a whole batch for each rank, got 5000 .*"),
         (["--output", str(output)], r"--output must be a folder, got .*, which is a file; .*"),
         (["--lr", "-1"], r"--lr must be at least 0, got -1.0; see launch.train --help"),
     ):

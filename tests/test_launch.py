@@ -250,7 +250,7 @@ def test_run_killed_after_its_last_checkpoint_finishes_what_is_missing(whole, tm
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):
     arguments = ["--output", str(tmp_path / "run"), "-b", "64"]
-    with pytest.raises(RankError, match=r"--batch-size must leave a whole batch for each rank"):
+    with pytest.raises(RankError, match=r"-b must leave a whole batch for each rank"):
         run_ranks(train, 2, tmp_path, arguments)
 
 

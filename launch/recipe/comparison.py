@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from .errors import RunError
-from .run import Recipe, train_once
+from .run import Recipe, decisive_arguments, train_once
 
 # Variant: the results.json of its runs, one for each seed.
 Results = Mapping[str, Sequence[dict[str, Any]]]
@@ -99,8 +99,18 @@ def _options_of_run(
 
 
 def _is_complete(options: argparse.Namespace) -> bool:
+    """Return whether this very run is complete, or raise if the folder has another one."""
     file = options.output / "results.json"
-    return file.is_file() and json.loads(file.read_text())["status"] == "complete"
+    results = json.loads(file.read_text()) if file.is_file() else {"status": "absent"}
+    if results["status"] != "complete":
+        return False
+    for name, value in decisive_arguments(options).items():
+        if results["arguments"].get(name) != value:
+            raise RunError(
+                f"--{name.replace('_', '-')} must be {results['arguments'].get(name)!r} as in "
+                f"{file}, got {value!r}; start as saved, or anew with another --output"
+            )
+    return True
 
 
 def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -160,7 +160,7 @@ def add_optimization_options(
     group.add_argument(
         "--model-ema",
         action="store_true",
-        help="average the weights by timm's ModelEmaV3, test both, and export the average",
+        help="average the weights by timm's ModelEmaV3, and test and export the average",
     )
     group.add_argument(
         "--model-ema-decay", type=float, default=0.9998, metavar="SHARE", help="kept each step"

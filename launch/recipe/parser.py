@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 
 # A run goes on or is repeated with other values of these; all others decide its numbers.
 INDECISIVE = (
+    "compare",
     "cpu",
     "log_interval",
     "max_steps",
     "output",
     "resume",
     "save_interval",
+    "seeds",
     "timeout",
     "tracker",
     "workers",

@@ -78,9 +78,7 @@ def train_once(recipe: Recipe, options: argparse.Namespace, accelerator: Acceler
     arguments = {name: _as_json(value) for name, value in vars(options).items()}
     world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     decisive = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in arguments.items()
-        if name not in INDECISIVE
+        f"--{name.replace('_', '-')}": value for name, value in decisive_arguments(options).items()
     }
     header = {"arguments": arguments, "device": accelerator.device.type, **world}
     main = accelerator.is_main_process
@@ -130,7 +128,8 @@ def _train(
     with Interruption(trainer.describe) as interruption:
         origin = f", from {checkpoint}" if checkpoint else ""
         report.print(
-            f"{len(task.loader)} steps an epoch of {task.loader.total_batch_size} images, "
+            f"{len(task.loader)} steps an epoch of "
+            f"{task.loader.total_batch_size * task.images_per_item} images, "
             f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
         is_finished = trainer.run(interruption)
@@ -150,6 +149,13 @@ def _train(
         report.write("complete")
         report.print(_last_words(recipe.conclude(report.results), options.output, files))
     return 0
+
+
+def decisive_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that decide the numbers of a run, as results.json holds them."""
+    return {
+        name: _as_json(value) for name, value in vars(options).items() if name not in INDECISIVE
+    }
 
 
 def _start_tracker(accelerator: Accelerator, tracker: str, step: int) -> None:

@@ -14,7 +14,8 @@ NORMS = {
     "joint": "all rows share statistics",
     "split": "labelled and unlabelled rows have statistics and parameters of their own",
     "split-shared-affine": "statistics of their own, shared parameters",
-    "labelled-only-test": "joint, but tested with statistics of the labelled images alone",
+    "labelled-only-test": "joint, but tested with statistics of the labelled images alone; the "
+    "exported weights keep the joint ones",
     "separate-calls": "joint layers, called for labelled and unlabelled rows one after the other",
 }
 _DIGITS = {"epochs": 6, "batch_size": 16, "warmup_epochs": 1.0, "reprob": 0.0}

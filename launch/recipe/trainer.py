@@ -34,6 +34,7 @@ class Task:
         loader: yields the training batches, equally many on all ranks.
         set_epoch: called with the number of the epoch before it begins.
         schedule: moves the learning rate of `optimizer`.
+        images_per_item: images that one item of the loader holds.
         clip_grad: largest norm of all gradients together; None does not clip.
         ema: timm's `ModelEmaV3` of the model, or None.
     """
@@ -45,6 +46,7 @@ class Task:
     set_epoch: Callable[[int], None]
     optimizer: Optimizer
     schedule: Schedule
+    images_per_item: int = 1
     clip_grad: float | None = None
     ema: Any = None
 
@@ -164,6 +166,7 @@ class Trainer:
         bar.close()
         seconds = time.monotonic() - began
         images = (progress.step - done) * self.task.loader.total_batch_size
+        images *= self.task.images_per_item
         self._speed = {"images_per_second": images / seconds, "loading": self._waited / seconds}
         return stopped
 

@@ -326,7 +326,7 @@ def damaged(folder, tmp_path, kind):
         (
             "whole",
             ["-b", "64"],
-            r"--batch-size must leave a whole batch for each rank, got 64 on.*",
+            r"-b must leave a whole batch for each rank, got 64 on.*",
         ),
         ("whole", ["--opt", "sgdx"], r"--opt must be sgd or one of timm, got sgdx: .*"),
         ("whole", ["--sched", "never"], r"--sched must be one of timm, got never.*"),
