@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from launch.benchmark.report import summarize, table  # noqa: E402
 from launch.benchmark.shapes import NETWORKS, Case, Setting, cases  # noqa: E402
 from launch.benchmark.timing import as_json, in_turn, messages_of, warm_up  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 EAGER = [name for name in NAMES if "compiled" not in name]
 SETTING = Setting("resnet50", "float32", "nchw", 3)
@@ -105,7 +108,9 @@ def test_implementations_are_timed_in_turn_and_as_often():
     assert all(len(times[name].times) == 3 for name in "ab")
     # Each round has a block of one and a block of the other.
     blocks = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
-    assert blocks[2:] == ["a", "b"] * 3
+    # The first two try each once; the order turns with the rounds.
+    assert blocks == ["a", "b", "a", "b", "a", "b"]
+    assert calls[-1] == "b"
 
 
 def test_times_are_median_and_interquartile_range():
@@ -253,6 +258,35 @@ def test_scaling_run_measures_ranks_it_starts(tmp_path):
 
 
 # The command line
+
+
+def test_every_command_that_is_printed_is_understood():
+    commands = re.findall(
+        r"-m launch\.benchmark ([^`]+?)`", " ".join((ROOT / "README.md").read_text().split())
+    )
+    results = sorted((ROOT / "launch" / "results").rglob("*.json"))
+    stored = [json.loads(file.read_text()).get("command", "") for file in results]
+    commands += [
+        text.partition("-m launch.benchmark ")[2] for text in stored if "benchmark" in text
+    ]
+    assert len(commands) > 5
+    for command in commands:
+        if command != "--help":
+            parse_arguments(shlex.split(command))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_one_line(tmp_path):
+    ((code, said),) = run_ranks(refused, 1, tmp_path, ["--device", "cuda", "--shapes", "small"])
+    assert code == 2
+    assert re.fullmatch(r"error: --device cuda must be there for each of 1 ranks, got 0 .*\n", said)
+
+
+def refused(rank, world_size, arguments):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = benchmark.main(arguments)
+    return code, said.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import gc
+import functools
 import sys
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..recipe.start import start
+from ..recipe.errors import RunError
+from ..recipe.run import run_safely
 from .figures import draw_bars
 from .implementations import Implementation, available
 from .layers import measure_case
@@ -38,23 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     options.cpu, options.seed, options.tracker = options.device == "cpu", 0, None
     options.timeout, options.mixed_precision = 600.0, None
-    accelerator = start(options)
-    if accelerator.device.type != options.device:
-        raise RuntimeError(
-            f"--device {options.device} must be there for each of {accelerator.num_processes} "
-            f"ranks, got {torch.cuda.device_count()} GPU(s); pass --device cpu, or start fewer"
-        )
-    _measure_all(options, *_prepare(options, words, accelerator))
-    # The process group may hang when it goes before the models.
-    gc.collect()
-    accelerator.end_training()
-    return 0
+    return run_safely(functools.partial(_measure_all, words), options)
 
 
-def _measure_all(
-    options: argparse.Namespace, device: torch.device, able: list[Implementation], report: Report
-) -> None:
+def _measure_all(words: list[str], options: argparse.Namespace, accelerator: Accelerator) -> int:
     """Measure every shape, or a whole model, under every setting."""
+    device, able, report = _prepare(options, words, accelerator)
     torch.backends.cudnn.benchmark = options.model
     planned: dict[Setting, list[Any]] = cases(options)
     if options.model:
@@ -78,6 +68,7 @@ def _measure_all(
         title = f"{entry['title']}, all layers; time by that of SyncSplitBatchNorm"
         report.print(*table(title, _SUMMARY, {"contenders": entry["summary"]}))
     _finish(report)
+    return 0
 
 
 def _measure_scaling(options: argparse.Namespace, words: list[str]) -> None:
@@ -100,6 +91,11 @@ def _prepare(
 ) -> tuple[torch.device, list[Implementation], Report]:
     """Return the device, what is compared, and the report with its heading printed."""
     device = torch.device(accelerator.device.type)
+    if device.type != options.device:
+        raise RunError(
+            f"--device {options.device} must be there for each of {accelerator.num_processes} "
+            f"ranks, got {torch.cuda.device_count()} GPU(s); pass --device cpu, or start fewer"
+        )
     able, missing = available(device, options.contenders)
     labels = {each.name: each.label for each in able}
     about = header(device, accelerator.num_processes, words)

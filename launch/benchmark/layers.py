@@ -28,7 +28,7 @@ def measure_case(
     x, dy, target = (case.tensor(device) for _ in range(3))
     if any(each.compiled for each in implementations):
         # A limit on graphs for each function would have the ninth shape run uncompiled.
-        torch._dynamo.reset()
+        torch.compiler.reset()
     makers: dict[str, Callable[[], Step]] = {"copy": lambda: functools.partial(target.copy_, x)}
     for each in implementations:
         leaf = x.detach().requires_grad_()

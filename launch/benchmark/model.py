@@ -77,6 +77,7 @@ def measure_model(
     shape = (options.batch_size, 3, options.image_size, options.image_size)
     images = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[setting.layout])
     labels = torch.randint(_CLASSES, (options.batch_size,), device=device)
+    torch.compiler.reset()
     makers = {
         each.name: functools.partial(_step, each, setting, images, labels)
         for each in implementations

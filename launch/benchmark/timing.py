@@ -29,6 +29,8 @@ def warm_up(makers: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], 
             steps[name] = make()
             for _ in range(3):
                 steps[name]()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
         except Exception as error:  # whatever it is, it belongs in the report
             failed[name] = reason(error)
     for other in over_ranks(failed):
@@ -52,8 +54,12 @@ def in_turn(
     slowest = {name: max(each[name] for each in over_ranks(first)) for name in steps}
     numbers = {name: max(1, math.ceil(_SECONDS / slowest[name])) for name in steps}
     taken: dict[str, list[Measurement]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, timer in timers.items():
+    names = list(steps)
+    for turn in range(rounds):
+        # Each follows another one in every round.
+        start = turn % max(1, len(names))
+        for name in names[start:] + names[:start]:
+            timer = timers[name]
             if dist.is_initialized():
                 dist.barrier()
             taken[name].append(timer.timeit(numbers[name]))
