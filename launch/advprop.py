@@ -139,6 +139,8 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=views.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        mean=images.mean,
+        std=images.std,
         clip_grad=options.clip_grad,
         ema=ema,
     )

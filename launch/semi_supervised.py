@@ -165,6 +165,8 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=dataset.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        mean=images.mean,
+        std=images.std,
         images_per_item=1 + options.mu,
         clip_grad=options.clip_grad,
         ema=ema,

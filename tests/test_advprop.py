@@ -240,7 +240,7 @@ def test_variants_are_compared_and_resumed_to_the_same_bits(tmp_path):
     whole = [*arguments, "--compare", "--output", str(tmp_path / "whole")]
     (code, said), _ = run_ranks(train, 2, tmp_path, whole)
     assert code == 0, said
-    comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())
+    comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())["variants"]
     assert [*comparison] == ["auxiliary", "joint", "clean"]
     assert [*comparison["joint"]] == [key for key, _, _ in advprop.COLUMNS]
     assert (tmp_path / "whole" / "summary.png").is_file()

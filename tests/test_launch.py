@@ -24,6 +24,7 @@ for package in ("matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
     pytest.importorskip(package, reason=f"the launch extra is not installed: no {package}")
 
 import numpy as np  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -185,6 +186,18 @@ def test_plain_weights_infer_with_split_0_and_count_each_test_image_once(whole):
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
     assert row["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
     assert row["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+
+
+def test_exported_weights_say_what_they_are_and_need(whole):
+    for name, which in (("plain", "with plain batch norms"), ("split", "with all splits")):
+        file = whole[0] / f"{name}.safetensors"
+        with safe_open(file, "pt") as weights:
+            metadata = weights.metadata()
+        assert metadata["model"] == '"small_resnet"'
+        assert json.loads(metadata["mean"]) == [0.1307]
+        assert json.loads(metadata["std"]) == [0.3081]
+        assert which in metadata["weights"]
+        assert file.stat().st_mode == (whole[0] / "results.json").stat().st_mode
 
 
 def test_run_leaves_two_checkpoints_a_picture_and_events(whole):

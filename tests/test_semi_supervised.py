@@ -285,7 +285,7 @@ def test_every_normalization_is_trained_and_compared_and_resumed_to_the_same_bit
     assert code == 0, said
     assert re.search(r"^split-shared-affine +\d+\.\d+% ± 0.00%$", said, re.MULTILINE)
     assert (tmp_path / "whole" / "summary.png").is_file()
-    comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())
+    comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())["variants"]
     assert [*comparison] == NORMS
 
     # The first run ends early, the comparison is then resumed and goes on with the others.

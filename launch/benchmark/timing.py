@@ -57,8 +57,7 @@ def in_turn(
     names = list(steps)
     for turn in range(rounds):
         # Each follows another one in every round.
-        start = turn % max(1, len(names))
-        for name in names[start:] + names[:start]:
+        for name in (names * 2)[turn % (len(names) or 1) :][: len(names)]:
             timer = timers[name]
             if dist.is_initialized():
                 dist.barrier()

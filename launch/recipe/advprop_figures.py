@@ -49,7 +49,8 @@ def draw_comparison(results: Results) -> Figure:
         for place, mean in zip(places, means, strict=True):
             axes[0].annotate(f"{mean:.0%}", (place, mean), ha="center", va="bottom", fontsize=7)
     axes[0].set_xticks(range(len(results)), [_VARIANTS[name] for name in results])
-    axes[0].set(title="test accuracy", ylim=(0, 1.3))
+    # Room for the legend above the bars.
+    axes[0].set(title="test accuracy", ylim=(0, 1.3), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     axes[0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
     if has_splits:

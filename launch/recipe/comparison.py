@@ -58,7 +58,10 @@ def compare(
             results[name].append(json.loads((each.output / "results.json").read_text()))
         draw(results).savefig(options.output / "summary.png")
         summary = summarize(results, metrics)
-        (options.output / "comparison.json").write_text(json.dumps(summary, indent=1) + "\n")
+        first = results[next(iter(variants))][0]
+        about = {key: first[key] for key in ("arguments", "device", "ranks", "versions")}
+        text = json.dumps({**about, "variants": summary}, indent=1)
+        (options.output / "comparison.json").write_text(text + "\n")
         accelerator.print("\n" + _table(summary))
         accelerator.print(f"  {options.output / 'comparison.json'}  the same numbers")
         accelerator.print(f"  {options.output / 'summary.png'}  the same as a figure")

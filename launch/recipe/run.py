@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def _train(
         return EXIT_INTERRUPTED
     if accelerator.is_main_process:
         model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
-        files = _export(options.output, model)
+        metadata = {"model": options.model, "mean": task.mean, "std": task.std}
+        files = _export(options.output, model, metadata)
         recipe.draw(report.results).savefig(options.output / "summary.png")
         report.write("complete")
         report.print(_last_words(recipe.conclude(report.results), options.output, files))
@@ -167,14 +169,19 @@ def _start_tracker(accelerator: Accelerator, tracker: str, step: int) -> None:
         accelerator.init_trackers("sync_splitbn")
 
 
-def _export(output: Path, model: nn.Module) -> dict[str, str]:
+def _export(output: Path, model: nn.Module, metadata: dict[str, Any]) -> dict[str, str]:
     """Write the weights for inference, and return what each file is."""
     kind = type(model).__name__
     files = {"plain.safetensors": f"weights of {kind} with plain batch norms, those of split 0"}
-    save_file(contiguous_state(plain_copy(model)), output / "plain.safetensors")
+    states = {"plain.safetensors": plain_copy(model)}
     if any(isinstance(module, SyncSplitBatchNorm) for module in model.modules()):
-        save_file(contiguous_state(model), output / "split.safetensors")
         files["split.safetensors"] = f"weights of {kind} with all splits, under timm's keys"
+        states["split.safetensors"] = model
+    texts = {name: json.dumps(value) for name, value in metadata.items()} | {"format": "pt"}
+    for name, each in states.items():
+        save_file(contiguous_state(each), output / name, texts | {"weights": files[name]})
+        # safetensors makes it readable for its owner alone.
+        (output / name).chmod((output / "results.json").stat().st_mode)
     return files
 
 

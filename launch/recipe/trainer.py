@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Task:
         loader: yields the training batches, equally many on all ranks.
         set_epoch: called with the number of the epoch before it begins.
         schedule: moves the learning rate of `optimizer`.
+        mean: mean of each band with which images were normalized, as a fraction of white.
+        std: standard deviation of each band with which images were normalized, likewise.
         images_per_item: images that one item of the loader holds.
         clip_grad: largest norm of all gradients together; None does not clip.
         ema: timm's `ModelEmaV3` of the model, or None.
@@ -46,6 +48,8 @@ class Task:
     set_epoch: Callable[[int], None]
     optimizer: Optimizer
     schedule: Schedule
+    mean: Sequence[float]
+    std: Sequence[float]
     images_per_item: int = 1
     clip_grad: float | None = None
     ema: Any = None
