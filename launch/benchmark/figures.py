@@ -23,10 +23,11 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
         axes.barh(list(bars), list(bars.values()), color=colours)
         for place, (name, time) in enumerate(bars.items()):
             ratio = f"  ({time / bars['ours']:.2f} x ours)" if "ours" in bars else ""
-            text = f" {time:.3g}{'' if name == 'ours' else ratio}"
+            number = f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
+            text = f" {number}{'' if name == 'ours' else ratio}"
             axes.annotate(text, (time, place), va="center", fontsize=8)
         axes.invert_yaxis()
-        axes.margins(x=0.3)
+        axes.margins(x=0.4)
         axes.set_title(setting["title"], fontsize=10)
         axes.set_xlabel("ms a step")
         axes.spines[["top", "right"]].set_visible(False)
