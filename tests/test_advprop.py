@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import logits_by, network
 from ranks import run_ranks
-from torch import nn
 from torch.nn import functional as F
 
 for package in ("accelerate", "matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
@@ -23,26 +23,8 @@ from launch import advprop  # noqa: E402
 from launch.advprop import loss_of_batch, parse_arguments  # noqa: E402
 from launch.images.digits import Digits, mnist  # noqa: E402
 from launch.recipe.attack import Attack  # noqa: E402
-from sync_splitbn import convert_sync_split_batchnorm  # noqa: E402
 
 MEAN, STD = (0.3, 0.5), (0.2, 0.4)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.head = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
-
-    def forward(self, images):
-        return self.head(self.bn(self.conv(images)).relu().mean(dim=(2, 3)))
-
-
-def network(splits):
-    torch.manual_seed(0)
-    model = convert_sync_split_batchnorm(Net().double(), splits).train()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    return model
 
 
 def images(rows=6, seed=1):
@@ -54,18 +36,6 @@ def images(rows=6, seed=1):
 
 
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
-
-
-def logits_by(model, split, rows):
-    """Logits by the batch statistics of these rows and the parameters of a split, by functions."""
-    stats = [model.bn, *model.bn.aux_bn][split]
-    hidden = F.conv2d(rows, model.conv.weight, model.conv.bias)
-    mean = hidden.mean(dim=(0, 2, 3), keepdim=True)
-    var = (hidden - mean).square().mean(dim=(0, 2, 3), keepdim=True)
-    shape = (1, -1, 1, 1)
-    hidden = (hidden - mean) / (var + 1e-5).sqrt() * stats.weight.view(shape)
-    hidden = (hidden + stats.bias.view(shape)).relu().mean(dim=(2, 3))
-    return F.linear(hidden, model.head.weight, model.head.bias)
 
 
 def pgd(predict, rows, labels, epsilon, step, steps, sign=1):
@@ -90,7 +60,7 @@ def attack_of(**changes):
 
 
 def test_attack_is_projected_gradient_descent_through_one_split():
-    model, rows = network(2), images()
+    model, rows = network(2, 2), images()
     options = options_of("--attack-steps", "4")
     seen = []
 
@@ -107,7 +77,7 @@ def test_attack_is_projected_gradient_descent_through_one_split():
 @pytest.mark.parametrize("random_start", [True, False])
 @pytest.mark.parametrize("targeted", [True, False])
 def test_attack_stays_within_epsilon_and_within_black_and_white(targeted, random_start):
-    model, rows = network(1).eval(), images()
+    model, rows = network(1, 2).eval(), images()
     attack = attack_of(epsilon=20, step_size=50, targeted=targeted, random_start=random_start)
     torch.manual_seed(0)
     attacked = attack(model, rows, LABELS)
@@ -123,7 +93,7 @@ def test_attack_stays_within_epsilon_and_within_black_and_white(targeted, random
 
 
 def test_targeted_attack_descends_to_another_class_than_the_right_one():
-    model, rows = network(1).eval(), images()
+    model, rows = network(1, 2).eval(), images()
     torch.manual_seed(5)
     attacked = attack_of(epsilon=60, step_size=10, steps=10, targeted=True)(model, rows, LABELS)
     torch.manual_seed(5)
@@ -134,7 +104,7 @@ def test_targeted_attack_descends_to_another_class_than_the_right_one():
 
 
 def test_attack_leaves_parameters_gradients_and_statistics_as_they_are():
-    model, rows = network(2), images()
+    model, rows = network(2, 2), images()
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = copy.deepcopy(model.state_dict())
@@ -166,7 +136,7 @@ def options_of(*arguments):
 def test_loss_and_gradients_are_those_of_batch_norms_for_each_part(fine_grained, share, attacked):
     arguments = ["--adversarial-share", share]
     arguments += ["--fine-grained", "--aa", "rand-m5"] if fine_grained else []
-    model = network(3 if fine_grained else 2)
+    model = network(3 if fine_grained else 2, 2)
     clean, augmented = images(seed=1), images(seed=2)
     views = torch.stack([clean, augmented], dim=1) if fine_grained else clean[:, None]
     adversarial = images(seed=3)[:attacked]

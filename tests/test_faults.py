@@ -8,18 +8,16 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from launches import CONFIG, ROOT, launched
 
 for package in ("matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
     pytest.importorskip(package, reason=f"the launch extra is not installed: no {package}")
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ["--config_file", "launch/configs/two_processes.yaml"]
 TRAIN = ["-b", "16", "--aug-splits", "2", "--split-bn", "--log-interval", "1"]
 # Python of a rank that runs the recipe after some lines of its own.
 RANK = """
@@ -35,30 +33,6 @@ def hurt(trainer, batch):
 Trainer._step = hurt
 sys.exit(train.main())
 """
-
-
-@contextlib.contextmanager
-def launched(tmp_path, *arguments):
-    """`accelerate launch`, its output in a file."""
-    environment = os.environ | {"HF_HOME": str(tmp_path), "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    log = tmp_path / f"log-{time.monotonic_ns()}"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *CONFIG, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    try:
-        yield process, log
-    finally:
-        # The ranks have sessions of their own, and end with their launcher.
-        process.kill()
-        process.wait(10)
 
 
 def hurt(tmp_path, body):
@@ -93,10 +67,10 @@ def own_lines(text):
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_ranks_of_a_killed_launcher_save_and_end_and_the_folder_is_free_again(tmp_path):
     command = ["-m", "launch.train", *TRAIN, "--output", str(tmp_path / "run")]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         wait_for(lambda: "steps an epoch" in log.read_text())
         # A second run in the same folder is refused while the first one lives.
-        with launched(tmp_path, *command) as (second, second_log):
+        with launched(tmp_path, "--config_file", CONFIG, *command) as (second, second_log):
             assert second.wait(40) != 0
         (line,) = own_lines(second_log.read_text())
         assert re.fullmatch(
@@ -112,7 +86,7 @@ def test_ranks_of_a_killed_launcher_save_and_end_and_the_folder_is_free_again(tm
     assert results["status"] == "interrupted"
     steps = max(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir())
     command += ["--resume", "auto", "--max-steps", str(steps + 1)]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         assert process.wait(40) == 0, log.read_text()
 
 
@@ -131,7 +105,7 @@ def test_restarted_ranks_go_on_to_the_same_bits(tmp_path):
         output = tmp_path / str(number)
         command = ["--max_restarts", "2", hurt(tmp_path, body), *TRAIN, "--max-steps", "8"]
         command += ["--save-interval", "3", "--output", str(output)]
-        with launched(tmp_path, *command) as (process, log):
+        with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
             assert process.wait(55) == 0, log.read_text()
         assert ("step-00000003" in log.read_text()) == (number == 1)
         results = json.loads((output / "results.json").read_text())
@@ -144,7 +118,7 @@ def test_restarted_ranks_go_on_to_the_same_bits(tmp_path):
 def test_error_on_one_rank_is_said_first_by_it_and_named_by_the_others(tmp_path):
     body = "if rank == 1 and trainer._steps() == 2: raise KeyError('no such thing')"
     command = [hurt(tmp_path, body), *TRAIN, "--output", str(tmp_path / "run")]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         assert process.wait(40) != 0
     text = log.read_text()
     assert text.count("KeyError: 'no such thing'") >= 1
@@ -165,7 +139,7 @@ def test_error_of_the_user_is_one_line_from_one_rank(tmp_path):
         (["--lr", "-1"], r"--lr must be at least 0, got -1.0; see launch.train --help"),
     ):
         command = ["-m", "launch.train", "--output", str(tmp_path / "run"), *arguments]
-        with launched(tmp_path, *command) as (process, log):
+        with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
             assert process.wait(40) != 0
         (line,) = own_lines(log.read_text())
         assert re.fullmatch(f"error: {message}", line)
@@ -175,7 +149,7 @@ def test_error_of_the_user_is_one_line_from_one_rank(tmp_path):
 def test_run_that_diverges_says_so_in_its_results(tmp_path):
     command = ["-m", "launch.train", *TRAIN, "--output", str(tmp_path / "run")]
     command += ["--lr", "1e30", "--momentum", "0"]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         assert process.wait(40) != 0
     (line,) = own_lines(log.read_text())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -189,7 +163,7 @@ def test_run_that_diverges_says_so_in_its_results(tmp_path):
 def test_slow_steps_are_interrupted_within_seconds_whatever_the_log_interval(tmp_path):
     command = [hurt(tmp_path, "time.sleep(1)"), *TRAIN, "--output", str(tmp_path / "run")]
     command += ["--log-interval", "10000"]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         wait_for(lambda: "steps an epoch" in log.read_text())
         time.sleep(5)
         os.kill(process.pid, signal.SIGTERM)
@@ -200,7 +174,7 @@ def test_slow_steps_are_interrupted_within_seconds_whatever_the_log_interval(tmp
 def test_rank_that_hangs_says_so_before_the_launcher_kills_it(tmp_path):
     body = "if rank == 1 and trainer._steps() == 2: time.sleep(1000)"
     command = [hurt(tmp_path, body), *TRAIN, "--output", str(tmp_path / "run")]
-    with launched(tmp_path, *command) as (process, log):
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         wait_for(lambda: (tmp_path / "run" / "results.json").is_file())
         time.sleep(5)
         os.kill(process.pid, signal.SIGTERM)

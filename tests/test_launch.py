@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from launches import CONFIG, launched
 from ranks import RankError, run_ranks
 
 for package in ("matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
@@ -41,8 +40,6 @@ from launch.recipe.models import SmallResNet  # noqa: E402
 from launch.recipe.optimization import WarmupCosine, sgd  # noqa: E402
 from launch.train import parse_arguments  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-CONFIG = "launch/configs/two_processes.yaml"
 RECIPE = ["--aug-splits", "3", "--split-bn", "--resplit", "--aa", "rand-m9-mstd0.5-inc1"]
 # 90 training images in batches of 16 make 5 steps an epoch; the 37 test images divide by nothing.
 TRAIN, TEST = 90, 37
@@ -398,30 +395,6 @@ def test_gradient_accumulation_is_refused(tmp_path):
     environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}
     with pytest.raises(RankError, match=r"gradient_accumulation_steps must be 1, .* got 2; use"):
         run_ranks(begin, 1, tmp_path, 0, environment)
-
-
-@contextlib.contextmanager
-def launched(tmp_path, *arguments):
-    """`accelerate launch` in a process group of its own, its output in a file."""
-    environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-    environment |= {"HF_HOME": str(tmp_path), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    log = tmp_path / f"log-{time.monotonic_ns()}"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    try:
-        yield process, log
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
 
 
 def launch(tmp_path, *arguments):

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import logits_by, network
 from ranks import run_ranks
-from torch import nn
-from torch.nn import functional as F
 
 for package in ("accelerate", "matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
     pytest.importorskip(package, reason=f"the launch extra is not installed: no {package}")
@@ -29,24 +28,6 @@ from launch.recipe.comparison import mean_and_error  # noqa: E402
 from launch.recipe.consistency import pseudo_label_loss, virtual_adversary  # noqa: E402
 from launch.recipe.errors import RunError  # noqa: E402
 from launch.semi_supervised import loss_of_batch, parse_arguments  # noqa: E402
-from sync_splitbn import convert_sync_split_batchnorm  # noqa: E402
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
-
-    def forward(self, images):
-        return self.head(self.bn(self.conv(images)).relu().mean(dim=(2, 3)))
-
-
-def network(splits):
-    torch.manual_seed(0)
-    model = convert_sync_split_batchnorm(Net().double(), splits).train()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    return model
 
 
 def batch(views=1):
@@ -55,22 +36,6 @@ def batch(views=1):
     labelled = torch.randn(2, 1, 6, 6, dtype=torch.float64)
     unlabelled = 2 * torch.randn(2, 3, views, 1, 6, 6, dtype=torch.float64) + 1
     return labelled, torch.tensor([0, 2]), unlabelled
-
-
-def oracle(model, parts):
-    """Logits of each part by batch norms of its own, with plain functions alone."""
-    splits = [model.bn, *model.bn.aux_bn]
-    logits = []
-    for part, images in enumerate(parts):
-        stats = splits[min(part, len(splits) - 1)]
-        hidden = F.conv2d(images, model.conv.weight, model.conv.bias)
-        mean = hidden.mean(dim=(0, 2, 3), keepdim=True)
-        var = (hidden - mean).square().mean(dim=(0, 2, 3), keepdim=True)
-        shape = (1, -1, 1, 1)
-        hidden = (hidden - mean) / (var + 1e-5).sqrt() * stats.weight.view(shape)
-        hidden = (hidden + stats.bias.view(shape)).relu().mean(dim=(2, 3))
-        logits.append(F.linear(hidden, model.head.weight, model.head.bias))
-    return logits
 
 
 def gradients(loss, model):
@@ -90,7 +55,7 @@ ALONE = SimpleNamespace(unwrap_model=lambda model: model)
 @pytest.mark.parametrize("norm", ["split", "joint"])
 def test_loss_and_gradients_are_those_of_batch_norms_for_each_part(norm, method, targets):
     splits = 2 if norm == "split" else 1
-    model, rows = network(splits), batch(2 if method == "fixmatch" else 1)
+    model, rows = network(splits, 1), batch(2 if method == "fixmatch" else 1)
     options = options_of("--norm", norm, "--method", method, "--targets", targets, "--aa", "rand")
     options.norm = norm
     loss = loss_of_batch(options, ALONE, model, rows)
@@ -101,11 +66,12 @@ def test_loss_and_gradients_are_those_of_batch_norms_for_each_part(norm, method,
     if method == "fixmatch" and targets == "same":
         trained = torch.cat([weak, strong])
     if norm == "split":
-        logits, others = oracle(model, [labelled, trained])
-        (sure,) = oracle(model, [labelled[:0], weak])[1:]
+        logits, others = logits_by(model, 0, labelled), logits_by(model, 1, trained)
+        sure = logits_by(model, 1, weak)
     else:
-        logits, others = oracle(model, [torch.cat([labelled, trained])])[0].split((2, len(trained)))
-        (sure,) = oracle(model, [weak])
+        together = logits_by(model, 0, torch.cat([labelled, trained]))
+        logits, others = together.split((2, len(trained)))
+        sure = logits_by(model, 0, weak)
     if targets == "same":
         sure, others = others.chunk(2) if method == "fixmatch" else (others, others)
     probabilities = sure.detach().softmax(dim=1)
@@ -120,7 +86,7 @@ def test_loss_and_gradients_are_those_of_batch_norms_for_each_part(norm, method,
 
 
 def test_frozen_targets_are_not_remembered_by_running_statistics():
-    model, other = network(2), network(2)
+    model, other = network(2, 1), network(2, 1)
     rows = batch()
     options = options_of("--targets", "frozen")
     options.norm = "split"
@@ -134,7 +100,7 @@ def test_frozen_targets_are_not_remembered_by_running_statistics():
 
 
 def test_vat_uses_the_gradient_of_the_divergence_and_forgets_its_passes():
-    model, rows = network(2), batch()
+    model, rows = network(2, 1), batch()
     before = model.bn.aux_bn[0].running_mean.clone()
     options = options_of("--method", "vat")
     options.norm = "split"

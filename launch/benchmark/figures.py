@@ -23,8 +23,7 @@ def draw_bars(results: dict[str, Any], path: Path) -> None:
         axes.barh(list(bars), list(bars.values()), color=colours)
         for place, (name, time) in enumerate(bars.items()):
             ratio = f"  ({time / bars['ours']:.2f} x ours)" if "ours" in bars else ""
-            number = f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
-            text = f" {number}{'' if name == 'ours' else ratio}"
+            text = f" {time:,.4g}{'' if name == 'ours' else ratio}"
             axes.annotate(text, (time, place), va="center", fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.4)
