@@ -8,7 +8,6 @@ through the auxiliary split, and clean images are tested with the statistics of 
 import argparse
 import contextlib
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .recipe.evaluation import divergence_metrics, evaluate
 from .recipe.loading import test_loader, training_loader
 from .recipe.models import build_model
 from .recipe.optimization import create_ema, create_optimizer, create_schedule
-from .recipe.run import Recipe, run_safely
+from .recipe.run import Recipe, leave, run_safely
 from .recipe.trainer import Task
 
 COLUMNS = (
@@ -184,4 +183,4 @@ def _fine_grained(options: argparse.Namespace, norm: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,7 +7,6 @@
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .recipe.loading import test_loader
 from .recipe.models import build_model, load_state, read_weights
 from .recipe.options import add_data_options
 from .recipe.parser import Parser
-from .recipe.run import run_safely
+from .recipe.run import leave, run_safely
 
 _AUXILIARY = re.compile(r"(?:^|\.)aux_bn\.(\d+)\.")
 
@@ -136,4 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +36,7 @@ from .recipe.evaluation import evaluate
 from .recipe.loading import test_loader, training_loader
 from .recipe.models import build_model
 from .recipe.optimization import create_ema, create_optimizer, create_schedule
-from .recipe.run import Recipe, run_safely
+from .recipe.run import Recipe, leave, run_safely
 from .recipe.semi_supervised_figures import draw_comparison, draw_run
 from .recipe.semi_supervised_options import parse_arguments
 from .recipe.trainer import Task
@@ -244,4 +243,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,7 +6,6 @@ statistics cover that part on all ranks. `python -m launch.train --help` says ho
 """
 
 import argparse
-import sys
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from .recipe.options import (
 )
 from .recipe.parser import Parser
 from .recipe.report import draw_accuracy, draw_divergence, draw_loss, new_figure
-from .recipe.run import Recipe, run_recipe
+from .recipe.run import Recipe, leave, run_recipe
 from .recipe.trainer import Task
 
 
@@ -194,4 +193,4 @@ def _add_split_options(parser: Parser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

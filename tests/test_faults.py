@@ -25,13 +25,14 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from launch.recipe.trainer import Trainer
 from launch import train
+from launch.recipe.run import leave
 step, rank = Trainer._step, int(os.environ["RANK"])
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def hurt(trainer, batch):
     {body}
     return step(trainer, batch)
 Trainer._step = hurt
-sys.exit(train.main())
+leave(train.main())
 """
 
 

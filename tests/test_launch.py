@@ -23,6 +23,7 @@ for package in ("matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
     pytest.importorskip(package, reason=f"the launch extra is not installed: no {package}")
 
 import numpy as np  # noqa: E402
+from accelerate.utils.other import load as accelerate_load  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -195,6 +196,17 @@ def test_exported_weights_say_what_they_are_and_need(whole):
         assert json.loads(metadata["std"]) == [0.3081]
         assert which in metadata["weights"]
         assert file.stat().st_mode == (whole[0] / "results.json").stat().st_mode
+
+
+def test_checkpoint_loads_without_unpickling_foreign_code(whole):
+    for path in (whole[0] / "checkpoints" / "step-00000012").iterdir():
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        else:
+            # weights_only, with the types of NumPy's random state allowed.
+            assert accelerate_load(path, map_location="cpu")
 
 
 def test_run_leaves_two_checkpoints_a_picture_and_events(whole):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..recipe.errors import RunError
-from ..recipe.run import run_safely
+from ..recipe.run import leave, run_safely
 from .figures import draw_bars
 from .implementations import Implementation, available
 from .layers import measure_case
@@ -117,4 +117,4 @@ def _finish(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

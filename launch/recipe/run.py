@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -63,11 +65,20 @@ def run_safely(
         code = body(options, accelerator)
     except Exception as error:
         return report_failure(error, options.output)
-    # The process group may hang when it goes before the models, which were locals of `body`.
     accelerator.free_memory()
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with everything written, and nothing taken down.
+
+    The destruction of a process group beside live models or threads may hang or abort.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
 
 
 def train_once(recipe: Recipe, options: argparse.Namespace, accelerator: Accelerator) -> int:
