@@ -90,6 +90,9 @@ class SyncSplitBatchNorm(SplitState, Assignable):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize `input`: by batch statistics in training, by running ones in evaluation."""
         check_input(input, self.num_features)
+        if self._plain_class is not None:
+            # What the layer before conversion refused: 3-D input of a BatchNorm2d, say.
+            self._plain_class._check_input_dim(self, input)
         if torch.compiler.is_compiling():
             self._is_compiled = True
         if self.training or self.running_mean is None:

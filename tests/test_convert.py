@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from typing import Generic, TypeVar
@@ -578,3 +579,16 @@ def test_converter_does_not_import_timm():
         "convert(torch.nn.BatchNorm2d(4)); assert 'timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("plain", "dims"), [(nn.BatchNorm1d, 4), (nn.BatchNorm2d, 3), (nn.BatchNorm3d, 4)]
+)
+def test_converted_layer_refuses_the_dimensions_that_the_plain_one_refuses(plain, dims):
+    input = torch.randn(4, 3, *[2] * (dims - 2))
+    with pytest.raises(ValueError, match="expected .* input") as expected:
+        plain(3)(input)
+    with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+        convert_sync_split_batchnorm(plain(3), 2)(input)
+    # A layer that was none before takes them all.
+    SyncSplitBatchNorm(3, num_splits=2)(input)
