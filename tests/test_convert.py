@@ -582,13 +582,18 @@ def test_converter_does_not_import_timm():
 
 
 @pytest.mark.parametrize(
-    ("plain", "dims"), [(nn.BatchNorm1d, 4), (nn.BatchNorm2d, 3), (nn.BatchNorm3d, 4)]
+    ("plain", "shape"),
+    [
+        (nn.BatchNorm1d, (4, 3, 2, 2)),
+        (nn.BatchNorm2d, (4, 3, 2)),
+        (nn.BatchNorm3d, (4, 3, 2, 2)),
+    ],
 )
-def test_converted_layer_refuses_the_dimensions_that_the_plain_one_refuses(plain, dims):
-    input = torch.randn(4, 3, *[2] * (dims - 2))
-    with pytest.raises(ValueError, match="expected .* input") as expected:
-        plain(3)(input)
+def test_converted_layer_refuses_the_dimensions_that_the_plain_one_refuses(plain, shape):
+    x = torch.randn(shape)
+    with pytest.raises(ValueError, match=r"expected .* input") as expected:
+        plain(3)(x)
     with pytest.raises(ValueError, match=re.escape(str(expected.value))):
-        convert_sync_split_batchnorm(plain(3), 2)(input)
+        convert_sync_split_batchnorm(plain(3), 2)(x)
     # A layer that was none before takes them all.
-    SyncSplitBatchNorm(3, num_splits=2)(input)
+    SyncSplitBatchNorm(3, num_splits=2)(x)
