@@ -203,6 +203,9 @@ def until_all_done(loader: Iterable[T], process_group: Any = None) -> Iterator[T
         dist.all_reduce(rows)
         loss = W * F.cross_entropy(model(images), labels, reduction="sum") / rows
 
+    accelerate's gradient accumulation averages gradients whenever a rank's loader ends: give it
+    `GradientAccumulationPlugin(steps, sync_with_dataloader=False)`.
+
     Args:
         loader: yields batches with rows in dimension 0: tensors, or dicts, lists and tuples of
             them. Sequences of strings hold a row each; other values stay as they are. Every rank

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
-from accelerate.utils import DataLoaderConfiguration, slice_tensors
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, slice_tensors
 from ranks import Collectives, run_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -331,18 +331,32 @@ def test_uneven_epoch_equals_one_process_with_all_rows(has_length, tmp_path):
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
 
 
-def uneven_shards(rank, world_size):
+def uneven_shards(rank, world_size, sync_with_dataloader):
     """accelerate's shards with even_batches=False: rank 0 has a batch more, nothing is repeated."""
-    config = DataLoaderConfiguration(even_batches=False)
-    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            3, sync_with_dataloader=sync_with_dataloader
+        ),
+    )
     loader = accelerator.prepare(DataLoader(views_of(9), batch_size=2))
-    return [labels.tolist() for _, labels in until_all_done(loader)]
+    seen, averaging = [], []
+    for _, labels in until_all_done(loader):
+        with accelerator.accumulate():
+            seen.append(labels.tolist())
+            averaging.append(accelerator.sync_gradients)
+    return seen, averaging
 
 
 def test_uneven_shards_of_accelerate_end_together(tmp_path):
-    first, second = run_ranks(uneven_shards, 2, tmp_path)
+    (first, averaging), (second, averaging_too) = run_ranks(uneven_shards, 2, tmp_path, False)
     assert first == [[0, 1], [4, 5], [8]]
     assert second == [[2, 3], [6, 7], []]
+    assert averaging == averaging_too == [False, False, True]
+    # Why the documentation asks for sync_with_dataloader=False: ranks would average apart.
+    (_, averaging), (_, averaging_too) = run_ranks(uneven_shards, 2, tmp_path, True)
+    assert averaging != averaging_too
 
 
 class Streamed(IterableDataset):
