@@ -6,10 +6,12 @@ from .convert import convert_sync_split_batchnorm, revert_sync_split_batchnorm
 from .diagnostics import split_divergence
 from .functional import sync_split_batch_norm
 from .layer import SyncSplitBatchNorm
+from .replicas import check_replicas
 
 __all__ = [
     "SyncSplitBatchNorm",
     "assign_splits",
+    "check_replicas",
     "convert_sync_split_batchnorm",
     "frozen_stats",
     "revert_sync_split_batchnorm",

@@ -1,13 +1,17 @@
-"""All communication: which ranks take part, and the sum over them.
+"""All communication: which ranks take part, the sum over them, and what they tell each other.
 
 No other file of the package calls torch.distributed.
 """
 
-from typing import Any, cast
+import functools
+import sys
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def check_group(process_group: Any) -> None:
@@ -36,7 +40,31 @@ def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup 
             )
         return None
     group = dist.group.WORLD if process_group is None else process_group
-    return group if dist.get_world_size(group) > 1 else None
+    if dist.get_world_size(group) == 1:
+        return None
+    if _is_alone_in_accelerate():
+        raise RuntimeError(
+            f"accelerate must see all {dist.get_world_size()} ranks, got an Accelerator with "
+            "num_processes=1, which averages no gradients; on CPUs construct "
+            "Accelerator(cpu=True), on GPUs start the ranks by accelerate launch or torchrun"
+        )
+    return group
+
+
+def _is_alone_in_accelerate() -> bool:
+    """Return whether an `Accelerator` takes this rank for the only one; found out once."""
+    return _is_accelerator_alone()
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds.
+_is_alone_in_accelerate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _is_accelerator_alone() -> bool:
+    # A PartialState by itself, as loggers make one, trains nothing: it may say what it likes.
+    state: Any = sys.modules.get("accelerate.state")
+    return state is not None and state.is_initialized() and state.PartialState().num_processes == 1
 
 
 def all_reduce_(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -70,6 +98,34 @@ class _AllReduce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Every rank's loss depends on every rank's `packed`, so gradients sum over ranks too."""
         return differentiable_all_reduce(grads[0].contiguous(), ctx.group), None
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the `value` of every rank of `group`, in their order; it is pickled."""
+    if group is None:
+        return [value]
+    values = cast(list[T], [None] * dist.get_world_size(group))
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def ranks_of(process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """Return the global ranks of a group, None being the default one."""
+    return tuple(dist.get_process_group_ranks(process_group))
+
+
+def sharded_parameters(model: torch.nn.Module) -> set[int]:
+    """Return the ids of parameters of which each rank holds another part, as FSDP cuts them."""
+    # Looked up, not imported: what has cut a parameter has imported its module.
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    found = set()
+    if tensors is not None:
+        found |= {id(each) for each in model.parameters() if isinstance(each, tensors.DTensor)}
+    if fsdp is not None:
+        for module in fsdp.FullyShardedDataParallel.fsdp_modules(model):
+            found |= {id(each) for each in module.parameters()}
+    return found
 
 
 def sync_group(size: int) -> dist.ProcessGroup:

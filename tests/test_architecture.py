@@ -13,10 +13,10 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 FLOORS = [
     {"__main__"},
     {"__init__"},
-    {"convert", "diagnostics"},
+    {"convert", "diagnostics", "replicas"},
     {"layer"},
     {"_state"},
-    {"assignment", "functional"},
+    {"assignment", "functional", "data"},
     {"_autograd"},
     {"_kernels"},
     {
@@ -28,7 +28,6 @@ FLOORS = [
     },
     {"_kernels._cpu", "_kernels.triton_jit"},
     {"_moments"},
-    {"data"},
 ]
 LAUNCH_FLOORS = [
     {"train", "semi_supervised", "advprop", "evaluate"},
@@ -129,6 +128,7 @@ def test_public_names_are_those_of_the_contract():
     assert sorted(sync_splitbn.__all__) == [
         "SyncSplitBatchNorm",
         "assign_splits",
+        "check_replicas",
         "convert_sync_split_batchnorm",
         "frozen_stats",
         "revert_sync_split_batchnorm",

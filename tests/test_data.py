@@ -1,3 +1,4 @@
+import collections
 import copy
 import os
 import pickle
@@ -7,11 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
-from accelerate.utils import DataLoaderConfiguration, slice_tensors
-from ranks import run_ranks
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, slice_tensors
+from ranks import Collectives, run_ranks
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from sync_splitbn.data import SplitViews, merge_views
+from sync_splitbn import SyncSplitBatchNorm
+from sync_splitbn.data import SplitViews, merge_views, until_all_done
 
 SPLITS = 3
 
@@ -263,3 +268,165 @@ def test_views_without_splits_are_refused(shape):
 def test_labels_that_are_not_one_a_sample_are_refused(labels):
     with pytest.raises(ValueError, match="labels must hold one entry for each of the 8 samples"):
         merge_views(torch.ones(8, 3, 2), labels)
+
+
+# The rows of every batch of each of two ranks, which disagree in their number too.
+UNEVEN = ((4, 3, 5, 2, 3), (2, 6, 3))
+
+
+def uneven_batches(rank):
+    data = torch.Generator().manual_seed(rank)
+    return [
+        (torch.randn(rows, 6, generator=data), torch.randint(3, (rows,), generator=data))
+        for rows in UNEVEN[rank]
+    ]
+
+
+def network(norm):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), norm, nn.ReLU(), nn.Linear(4, 3))
+
+
+def uneven_epoch(rank, world_size, has_length):
+    """One epoch under DDP, with the loss of the docstring."""
+    model = network(SyncSplitBatchNorm(4, num_splits=1))
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    batches, sizes = uneven_batches(rank), []
+    with Collectives() as seen:
+        for images, labels in until_all_done(batches if has_length else iter(batches)):
+            sizes.append(len(images))
+            start = len(seen.calls)
+            rows = torch.tensor(float(len(images)))
+            torch.distributed.all_reduce(rows)
+            loss = F.cross_entropy(wrapped(images), labels, reduction="sum")
+            optimizer.zero_grad()
+            (world_size * loss / rows).backward()
+            optimizer.step()
+            del seen.calls[start:]
+    return (
+        sizes,
+        len(seen.calls),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+
+
+@pytest.mark.parametrize("has_length", [True, False], ids=["length", "no-length"])
+def test_uneven_epoch_equals_one_process_with_all_rows(has_length, tmp_path):
+    model = network(nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    none = (torch.empty(0, 6), torch.empty(0, dtype=torch.int64))
+    for step in range(5):
+        parts = [(uneven_batches(rank) + [none] * 2)[step] for rank in range(2)]
+        images, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    ranks = run_ranks(uneven_epoch, 2, tmp_path, has_length)
+    assert [sizes for sizes, *_ in ranks] == [[4, 3, 5, 2, 3], [2, 6, 3, 0, 0]]
+    for _, messages, state in ranks:
+        # all_gather_object gathers sizes and objects: the lengths, then who has a batch.
+        assert messages == (2 if has_length else 2 + 2 * 6)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def uneven_shards(rank, world_size, sync_with_dataloader):
+    """accelerate's shards with even_batches=False: rank 0 has a batch more, nothing is repeated."""
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            3, sync_with_dataloader=sync_with_dataloader
+        ),
+    )
+    loader = accelerator.prepare(DataLoader(views_of(9), batch_size=2))
+    seen, averaging = [], []
+    for _, labels in until_all_done(loader):
+        with accelerator.accumulate():
+            seen.append(labels.tolist())
+            averaging.append(accelerator.sync_gradients)
+    return seen, averaging
+
+
+def test_uneven_shards_of_accelerate_end_together(tmp_path):
+    (first, averaging), (second, averaging_too) = run_ranks(uneven_shards, 2, tmp_path, False)
+    assert first == [[0, 1], [4, 5], [8]]
+    assert second == [[2, 3], [6, 7], []]
+    assert averaging == averaging_too == [False, False, True]
+    # Why the documentation asks for sync_with_dataloader=False: ranks would average apart.
+    (_, averaging), (_, averaging_too) = run_ranks(uneven_shards, 2, tmp_path, True)
+    assert averaging != averaging_too
+
+
+class Streamed(IterableDataset):
+    """A stream whose length is a guess."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(torch.arange(self.rows))
+
+    def __len__(self):
+        return 4
+
+
+Pair = collections.namedtuple("Pair", "image name")
+
+
+def structures(rank, world_size):
+    """What empty batches look like, on a rank with one batch beside one with two."""
+    image, used = torch.ones(2, 3), collections.UserDict(label=torch.zeros(2))
+    batch = (
+        Pair(image, ["a", "b"]),
+        {"own": used, "scale": torch.tensor(2.0), "epoch": 7, "no": None},
+    )
+    (same, empty) = until_all_done([batch] * (2 - rank))
+    streams = [rows.tolist() for rows in until_all_done(DataLoader(Streamed(2 + 3 * rank), 2))]
+    nothing = list(until_all_done([]))
+    return same is batch, empty if rank == 1 else None, streams, nothing
+
+
+def test_empty_batches_have_the_structure_of_the_first(tmp_path):
+    ranks = run_ranks(structures, 2, tmp_path)
+    pair, rest = ranks[1][1]
+    assert type(pair) is Pair
+    assert pair.image.shape == (0, 3)
+    assert pair.name == []
+    assert type(rest["own"]) is collections.UserDict
+    assert rest["own"]["label"].shape == (0,)
+    assert (rest["scale"], rest["epoch"], rest["no"]) == (2, 7, None)
+    assert [same for same, *_ in ranks] == [True, True]
+    assert [streams for *_, streams, _ in ranks] == [[[0, 1], [], []], [[0, 1], [2, 3], [4]]]
+    assert [nothing for *_, nothing in ranks] == [[], []]
+
+
+def faulty_loaders(rank, world_size):
+    row = torch.ones(2)
+    for loader in ([row] * (1 - rank), iter([row] * (1 - rank))):
+        with pytest.raises(
+            ValueError, match=r"yield a batch on every rank, got none on ranks \[1\]"
+        ):
+            list(until_all_done(loader))
+    with pytest.raises(TypeError, match=r"loader must yield tensors, .* got object; collate"):
+        list(until_all_done([{"image": object()}]))
+    for rows, got in ((1, "1"), (3, "more")):
+        with pytest.raises(RuntimeError, match=rf"yield len\(loader\)=2 batches, got {got};"):
+            list(until_all_done(Lengthy([row] * rows)))
+
+
+class Lengthy(list):
+    """Says that it holds two, whatever it holds."""
+
+    def __len__(self):
+        return 2
+
+
+def test_loaders_that_cannot_end_together_are_refused(tmp_path):
+    run_ranks(faulty_loaders, 2, tmp_path)
+
+
+def test_one_rank_gets_its_own_batches_alone():
+    batches = [object(), {}]
+    assert list(until_all_done(batches)) == batches
