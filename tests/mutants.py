@@ -1,9 +1,9 @@
 """Breaks the package in one place after the other, and shows whether a test fails each time.
 
-`mutants.toml` lists, by file of the package, what pytest is given to kill its mutants, and the
-mutants: a text that stands once in the file, and what replaces it. A mutant that no test can kill
-stands under `explained`, with the reason. All happens in a copy of the repository, in which the
-loops are compiled, so it takes a C++ compiler.
+`mutants.toml` lists groups of mutants, each a text that stands once in a file of the package and
+what replaces it, and what pytest is given to kill them. A mutant that no test can kill stands
+under `explained`, with the reason. All happens in a copy of the repository, in which the loops are
+compiled, so it takes a C++ compiler.
 
     python tests/mutants.py [PART OF A PATH ...]
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
-import torch  # noqa: F401  # for the forks
+import torch._dynamo  # noqa: F401  # once for all forks
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,8 @@ class Mutant:
 
 
 def main() -> int:
-    mutants = [m for m in read() if all(part in str(m.path) for part in sys.argv[1:])]
+    parts = sys.argv[1:] or [""]
+    mutants = [m for m in read() if any(part in str(m.path) for part in parts)]
     for mutant in mutants:
         mutant.applied((ROOT / mutant.path).read_text())
     with tempfile.TemporaryDirectory() as name:
@@ -89,10 +90,10 @@ def main() -> int:
 def read() -> list[Mutant]:
     """Return the mutants of the list, in its order."""
     mutants = []
-    for path, entry in tomllib.loads((ROOT / "tests/mutants.toml").read_text()).items():
-        tests = tuple(entry["tests"])
-        for old, new, *reason in entry["mutants"] + entry.get("explained", []):
-            mutants.append(Mutant(Path(path), old, new, tests, *reason))
+    for group in tomllib.loads((ROOT / "tests/mutants.toml").read_text())["groups"]:
+        path, tests = Path(group["file"]), tuple(group["tests"])
+        for old, new, *reason in group["mutants"] + group.get("explained", []):
+            mutants.append(Mutant(path, old, new, tests, *reason))
     return mutants
 
 
@@ -107,7 +108,7 @@ def build(tree: Path) -> None:
 
 def fails(tree: Path, tests: tuple[str, ...]) -> bool:
     """Return whether pytest fails, or does not end, with the package of a tree."""
-    # A fork has torch loaded, whose import takes longer than most tests.
+    # A fork has torch loaded already: its import takes longer than most tests.
     process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(tree, tests))
     process.start()
     process.join(SECONDS)
