@@ -5,7 +5,7 @@ what replaces it, and what pytest is given to kill them. A mutant that no test c
 under `explained`, with the reason. All happens in a copy of the repository, in which the loops are
 compiled, so it takes a C++ compiler.
 
-    python tests/mutants.py [PART OF A PATH ...]
+    python tests/mutants.py [PART OF A MUTANT AS IT IS PRINTED ...]
 
 The exit status is 1 if a mutant survives without an explanation. Python 3.11 or later.
 """
@@ -64,7 +64,7 @@ class Mutant:
 
 def main() -> int:
     parts = sys.argv[1:] or [""]
-    mutants = [m for m in read() if any(part in str(m.path) for part in parts)]
+    mutants = [m for m in read() if any(part in str(m) for part in parts)]
     for mutant in mutants:
         mutant.applied((ROOT / mutant.path).read_text())
     with tempfile.TemporaryDirectory() as name:
