@@ -89,6 +89,17 @@ def test_assignment_that_cannot_fit_is_refused_on_entry(options, error, message)
         raise AssertionError("entered")
 
 
+def test_assignment_must_fit_every_layer():
+    model = nn.Sequential(SyncSplitBatchNorm(3, num_splits=3), SyncSplitBatchNorm(3))
+    for options, message in (
+        ({"sizes": (2, 2, 2)}, "sizes must hold num_splits=2"),
+        ({"only": 2}, "only must be a split from 0 to num_splits - 1 = 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message), assign_splits(model, **options):
+            raise AssertionError("entered")
+    assert model[0]._assignment is None
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("options", "error", "message"),

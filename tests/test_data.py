@@ -225,9 +225,19 @@ class Stream(IterableDataset):
         return 1
 
 
-@pytest.mark.parametrize("dataset", [Stream(), iter([])], ids=["iterable", "iterator"])
+class Endless:
+    """Has items and no length."""
+
+    def __getitem__(self, index):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "dataset", [Stream(), iter([]), Endless()], ids=["iterable", "iterator", "endless"]
+)
 def test_dataset_that_is_not_map_style_is_refused(dataset):
-    with pytest.raises(TypeError, match=r"dataset must be map-style, .*, got (Stream|list_iter)"):
+    message = r"dataset must be map-style, .*, got (Stream|list_iter|Endless)"
+    with pytest.raises(TypeError, match=message):
         SplitViews(dataset, [noisy_view])
 
 

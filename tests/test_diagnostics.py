@@ -123,12 +123,12 @@ def test_parts_of_a_split_model_are_its_own_splits():
 
 @pytest.mark.parametrize("splits", [None, 1, 2])
 def test_comparing_a_batch_changes_nothing(splits):
-    model = Model().train()
+    model, x = Model().train(), batch()
     if splits is not None:
         model = convert_sync_split_batchnorm(model, splits)
     before = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
-    split_divergence(model, batch(), sizes=(2, 4))
+    split_divergence(model, x, sizes=(2, 4))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training
@@ -162,6 +162,19 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_model_without_split_statistics_is_refused(model):
     with pytest.raises(ValueError, match="model must contain a SyncSplitBatchNorm with 2 or"):
         split_divergence(model)
+
+
+def test_layer_with_one_split_is_left_out():
+    model = nn.Sequential(SyncSplitBatchNorm(2, num_splits=1), SyncSplitBatchNorm(2))
+    assert [*split_divergence(model)] == ["1"]
+
+
+def test_part_of_one_element_is_compared_and_one_part_alone_is_refused():
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.arange(12.0).view(4, 3)
+    found = split_divergence(model, x, sizes=(1, 3))
+    assert found["0"] == pytest.approx(of_parts([x[:1], x[1:]]), rel=1e-9)
+    with pytest.raises(ValueError, match="model must contain a SyncSplitBatchNorm with 2 or"):
+        split_divergence(model, x, sizes=(4, 0))
 
 
 def diverge(rank, world_size):
@@ -199,3 +212,10 @@ def test_plot_draws_a_line_for_each_pair():
         "splits 0 and 2",
     ]
     assert "nats" in axes.get_ylabel()
+    assert axes.get_yscale() == "log"
+
+
+def test_plot_of_equal_splits_has_no_logarithms():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plot_split_divergence({"a": {(0, 1): 0.0}}, axes)
+    assert axes.get_yscale() == "linear"

@@ -236,6 +236,8 @@ def test_evaluation_takes_split_0_unless_assigned():
     for k in range(3):
         with assign_splits(layer, only=k):
             assert layer(x).equal(alone[k])
+            with torch.no_grad():
+                assert layer(x).equal(alone[k])
     with assign_splits(layer, sizes=(1, 0, 5)):
         torch.testing.assert_close(layer(x), torch.cat([alone[0][:1], alone[2][1:]]))
     index = torch.tensor([2, 0, 1, 1, 0, 2])
@@ -514,6 +516,7 @@ def test_half_missing_checkpoint_is_refused():
 
 def test_reset_reaches_every_split():
     layer = randomized(SyncSplitBatchNorm(4, num_splits=3))
+    layer(torch.randn(6, 4))
     fresh = SyncSplitBatchNorm(4, num_splits=3)
     layer.reset_parameters()
     for (name, a), b in zip(layer.state_dict().items(), fresh.state_dict().values(), strict=True):
@@ -541,6 +544,13 @@ def test_copies_forget_open_contexts_and_pickles_the_group():
         assert twin.process_group is None
         assert twin.weight is not layer.weight
     assert copy.copy(layer).weight is layer.weight
+
+
+def test_layer_that_refers_to_itself_is_copied_with_its_reference():
+    layer = SyncSplitBatchNorm(3)
+    layer.layers = [layer]
+    twin = copy.deepcopy(layer)
+    assert twin.layers[0] is twin is not layer
 
 
 def test_layer_is_made_on_meta_and_moved():

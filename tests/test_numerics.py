@@ -159,6 +159,12 @@ def test_variance_of_a_constant_far_from_the_origin_is_not_negative():
     assert output.isfinite().all()
 
 
+def test_unbiased_variance_is_zero_for_one_element_and_for_none():
+    _, moments = sync_split_batch_norm(torch.randn(3, 2), 3, sizes=(1, 0, 2))
+    assert moments.unbiased_var[:2].equal(torch.zeros(2, 2, dtype=torch.float64))
+    assert moments.unbiased_var[2].gt(0).all()
+
+
 @pytest.mark.parametrize("how", ["sizes", "index"])
 def test_first_and_second_derivatives_pass_gradcheck(how):
     torch.manual_seed(0)
