@@ -17,9 +17,10 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
 
-from sync_splitbn import SyncSplitBatchNorm
+from sync_splitbn import SyncSplitBatchNorm, check_replicas
 
 from .checkpoints import Checkpoints, contiguous_state
+from .errors import RunError
 from .failure import clear_causes, reason, report_failure
 from .interruption import EXIT_INTERRUPTED, Interruption
 from .lock import locked
@@ -123,6 +124,10 @@ def _train(
     accelerator.dataloader_config.data_seed = options.seed
     accelerator.project_configuration.set_directories(str(options.output))
     task = recipe.prepare(options, accelerator)
+    try:
+        check_replicas(task.model)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     checkpoints.ema = None if task.ema is None else task.ema.module
     trainer = Trainer(
         accelerator,
