@@ -103,7 +103,7 @@ def soak(rank: int, world_size: int, steps: int) -> dict[str, float | str]:
     tqdm.set_lock(threading.RLock())
     net, interval, start = model(), min(1000, -(-steps // 5)), time.monotonic()
     replay = Replay(net) if rank == 0 else None
-    first, largest = 0.0, 0.0
+    first, largest = 0.0, 0.0  # memory at the first check, drift
     for step in tqdm(range(1, steps + 1), unit="step", disable=rank != 0):
         x, split = batch(step, rank)
         with assign_splits(net, index=split):
@@ -126,7 +126,8 @@ def soak(rank: int, world_size: int, steps: int) -> dict[str, float | str]:
         if reason := failure(reports):
             return {"failure": f"step {step}: {reason}"}
     minutes = (time.monotonic() - start) / 60
-    return {"failure": "", "minutes": minutes, "first": first, "last": memory, "drift": largest}
+    summary = {"minutes": minutes, "first": first, "last": memory}
+    return {"failure": "", "drift": drift, "largest": largest, **summary}
 
 
 def failure(reports: list[tuple[str, float, float]]) -> str | None:
@@ -172,10 +173,9 @@ def main() -> None:
     print(f"{'rank':>6} {'RSS at first check':>20} {'RSS at the end':>16}   MiB")
     for rank, summary in enumerate(ranks):
         print(f"{rank:>6} {summary['first']:>20.1f} {summary['last']:>16.1f}")
-    print(f"steps {steps}, minutes {ranks[0]['minutes']:.1f}, ranks {RANKS}")
-    print(
-        f"largest drift {ranks[0]['drift']:.2g} of {MAX_DRIFT}; buffers the same bits on all ranks"
-    )
+    drift, largest, minutes = (ranks[0][name] for name in ("drift", "largest", "minutes"))
+    print(f"steps {steps}, minutes {minutes:.1f}, buffers the same bits on {RANKS} ranks")
+    print(f"drift {drift:.2g} at the end, largest drift {largest:.2g}, limit {MAX_DRIFT}")
 
 
 if __name__ == "__main__":

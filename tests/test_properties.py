@@ -111,7 +111,7 @@ class Batch:
 @st.composite
 def rows(draw: Any, splits: int) -> Rows:
     how = draw(st.sampled_from(["default", "sizes", "only", "index"]))
-    count = st.integers(0, 4)
+    count = st.sampled_from([0, 1, 2, 3, 4, 0, 1])  # what is special, more often
     if how == "default":
         return Rows((draw(count),) * splits, how)
     if how == "only":
@@ -137,7 +137,7 @@ def cases(draw: Any, ranks: int | None = None) -> Case:
         momentum=draw(st.sampled_from([0.1, None, 0.0, 1.0]) | st.floats(0, 1)),
         eps=draw(st.sampled_from([1e-5, 1e-3, 0.5])),
         affine=draw(st.sampled_from(["affine", "shared", "no bias", "none"])),
-        tracked=draw(st.booleans()),
+        tracked=draw(st.sampled_from([True, True, True, False])),
         mean=draw(st.sampled_from([0.0, 3.0, -100.0])),
         std=draw(st.sampled_from([1.0, 0.0, 0.01, 30.0])),
         seed=draw(st.integers(0, 2**16)),
@@ -376,7 +376,7 @@ def assert_close(found: Account, truth: Account, bound: Account) -> None:
         assert value.shape == truth[name].shape, name
         # Not `error > ...`: NaN must fail.
         assert (error <= ROUNDINGS * bound[name]).all(), (
-            f"{name} is off by {(error / bound[name]).max():.3g} roundings\n"
+            f"{name} must be within {ROUNDINGS} roundings, got an error of {error.max():.3g}\n"
             f"got {value}\nexpected {truth[name]}"
         )
 
