@@ -228,7 +228,7 @@ def test_autocast_changes_neither_statistics_nor_output_type():
 
 def test_evaluation_takes_split_0_unless_assigned():
     torch.manual_seed(0)
-    layer = randomized(SyncSplitBatchNorm(4, num_splits=3)).eval()
+    layer = randomized(SyncSplitBatchNorm(4, eps=0.1, num_splits=3)).eval()
     parts = plain_parts(layer, 4)
     x = torch.randn(6, 4, 3, 3)
     alone = [part(x) for part in parts]
@@ -430,6 +430,16 @@ def test_layer_without_counters_counts_nothing(momentum):
     assert layer.num_batches_tracked is None
     torch.testing.assert_close(layer.running_mean, plain.running_mean)
     torch.testing.assert_close(layer.running_var, plain.running_var)
+
+
+def test_layer_told_not_to_track_leaves_its_statistics():
+    """As plain batch norm, which keeps the buffers it has."""
+    layer = randomized(SyncSplitBatchNorm(3))
+    before = copy.deepcopy(layer.state_dict())
+    layer.track_running_stats = False
+    layer(torch.randn(8, 3))
+    for name, value in layer.state_dict().items():
+        assert value.equal(before[name]), name
 
 
 def test_counters_of_some_splits_alone_are_refused():
