@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 
 from sync_splitbn import _kernels
 from sync_splitbn._kernels import aten
-from sync_splitbn._moments import Moments
 
 FUNCTIONS = [name for name in vars(_kernels.Kernels) if not name.startswith("_")]
 
@@ -37,9 +36,7 @@ def off(name):
     def wrong(*arguments):
         result = getattr(aten, name)(*arguments)
         if name == "update_running_stats":
-            return arguments[0].means[1].add_(0.01)
-        if name == "moments":
-            return Moments(result.values + 0.01)
+            return arguments[0][1].add_(0.01)
         return (result[0] + 0.01, result[1]) if isinstance(result, tuple) else result + 0.01
 
     return wrong
