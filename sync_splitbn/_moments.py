@@ -80,7 +80,7 @@ def as_dense(x: Tensor) -> Tensor:
     return x if innermost or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def increment_versions(tensors: Sequence[Tensor]) -> None:
+def increment_versions(tensors: Tensors) -> None:
     """Tell whoever saved one of the tensors for a backward pass that it was changed."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
@@ -114,7 +114,7 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
 
 
 def check_tensors(
-    name: str, tensors: Sequence[Tensor], shape: tuple[int, ...], device: torch.device
+    name: str, tensors: Tensors, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """Raise unless the tensor of each split has this shape and is on this device."""
     for tensor in tensors:

@@ -225,8 +225,9 @@ def _by_split(
     values = value
     if isinstance(value, Tensor):
         values = value.unbind() if value.dim() == 2 else [value] * num_splits
-    if len(values) != num_splits or any(each.shape != shape for each in values):
-        got = value.shape if isinstance(value, Tensor) else [list(each.shape) for each in value]
+    shapes = [each.shape for each in values]
+    if shapes != [shape] * num_splits:
+        got = value.shape if isinstance(value, Tensor) else [list(each) for each in shapes]
         raise ValueError(
             f"{name} must have shape [C]={list(shape)} or [S, C]={[num_splits, *shape]}, or be S "
             f"tensors [C], got {list(got)}"

@@ -68,10 +68,9 @@ def sums(x: Tensor, index: Index, sizes: Sizes, num_splits: int) -> Tensor:
 def moments(sums: Tensor) -> Tensor:
     """Return the moments that follow from the sums of x."""
     sums = sums.contiguous()
-    out, features = torch.empty_like(sums), sums.shape[1] // 2
-    block = min(256, triton.next_power_of_2(features))
-    grid = len(sums) * triton.cdiv(features, block)
-    _launch(jit.moments_kernel, grid, sums, out, features, block)
+    out, (num_splits, width) = torch.empty_like(sums), sums.shape
+    block, blocks = _blocks(width // 2, 256)
+    _launch(jit.moments_kernel, num_splits * blocks, sums, out, width // 2, block)
     return out
 
 
@@ -85,7 +84,7 @@ def normalize(
     eps: float,
 ) -> Tensor:
     """Return `xhat * weight + bias`, like `x`."""
-    batch = _prepare(x, None, index, sizes, len(moments))
+    batch = _prepare(x, None, index, sizes, moments.shape[0])
     return _apply(batch, _checked(moments, x), weights, biases, eps, None)
 
 
@@ -93,7 +92,7 @@ def grad_sums(
     dy: Tensor, x: Tensor, index: Index, sizes: Sizes, moments: Tensor, eps: float
 ) -> Tensor:
     """Return the local [sum of dy | sum of dy * xhat], [S, 2C], accumulation type."""
-    batch = _prepare(x, dy, index, sizes, len(moments))
+    batch = _prepare(x, dy, index, sizes, moments.shape[0])
     return _sum(batch, _checked(moments, x), eps)
 
 
@@ -108,8 +107,8 @@ def grad_input(
     sums: Tensor,
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    _check("sums", sums, (len(moments), 2 * x.shape[1]), x)
-    batch = _prepare(x, dy, index, sizes, len(moments))
+    _check("sums", sums, (moments.shape[0], 2 * x.shape[1]), x)
+    batch = _prepare(x, dy, index, sizes, moments.shape[0])
     return _apply(batch, _checked(moments, x), weights, (), eps, sums.contiguous())
 
 
@@ -138,7 +137,7 @@ def grad_batch(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of `x` by the sums of `dy` itself, and these."""
-    batch, moments = _prepare(x, dy, index, sizes, len(moments)), _checked(moments, x)
+    batch, moments = _prepare(x, dy, index, sizes, moments.shape[0]), _checked(moments, x)
     local = _sum(batch, moments, eps)
     return _apply(batch, moments, weights, (), eps, local), local
 
@@ -148,13 +147,13 @@ def update_running_stats(
 ) -> None:
     """Update running statistics and counters in place, in one launch for each 16 splits."""
     given, moments = (*means, *vars, *counters), moments.contiguous()
-    num_splits, features = len(moments), moments.shape[1] // 2
+    num_splits, features = moments.shape[0], moments.shape[1] // 2
     means = _uniform("running_mean", means, num_splits, (features,), moments)
     variances = _uniform("running_var", vars, num_splits, (features,), moments)
     if counters:
         counters = _uniform("num_batches_tracked", counters, num_splits, (), moments)
     step = 0.0 if momentum is None else float(momentum)
-    block = min(512, triton.next_power_of_2(features))
+    block, _ = _blocks(features, 512)
     for i in range(0, num_splits, MAX_POINTERS):
         chunk = slice(i, i + MAX_POINTERS)
         pointers = means[chunk], variances[chunk], tuple(counters[chunk]) or None
@@ -219,9 +218,9 @@ def _sum(batch: Batch, moments: Tensor | None, eps: float, as_moments: bool = Fa
     out = x.new_empty(shape, dtype=dtype)
     inputs = x, dy, order, moments, partials, eps
     _launch(jit.sums_kernel, programs * blocks, *inputs, schedule, bounds, config)
-    grid = batch.num_splits * triton.cdiv(features, 16)
+    _, blocks = _blocks(features, 16)
     options = schedule, bounds, dy is not None, as_moments, config
-    _launch(jit.total_kernel, grid, partials, out, *options)
+    _launch(jit.total_kernel, batch.num_splits * blocks, partials, out, *options)
     return out
 
 
@@ -342,6 +341,13 @@ def _plan(
     return (programs, blocks), _encode(*head, num_splits, each, *ends), config
 
 
+@functools.lru_cache(maxsize=1024)
+def _blocks(features: int, widest: int) -> tuple[int, int]:
+    """Return the width of a block of features, a power of two, and the number of blocks."""
+    width = min(widest, triton.next_power_of_2(max(1, features)))
+    return width, triton.cdiv(features, width)
+
+
 def _encode(*numbers: int) -> tuple[int, ...]:
     """Return neither 1 nor multiples of 16, for which Triton would compile anew in a tuple."""
     return tuple(2 * number + 3 for number in numbers)
@@ -366,7 +372,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None
 
 def _checked(moments: Tensor, x: Tensor) -> Tensor:
     """Return moments as the kernels read them, or raise."""
-    _check("moments", moments, (len(moments), 2 * x.shape[1] + 1), x)
+    _check("moments", moments, (moments.shape[0], 2 * x.shape[1] + 1), x)
     if moments.dtype != torch.float64:
         raise TypeError(f"moments must be float64, got {moments.dtype}")
     return moments.contiguous()
