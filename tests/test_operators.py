@@ -859,6 +859,7 @@ def test_operators_refuse_what_does_not_fit():
         lambda: ops.sums(x[0, 0, 0], *rows, 2),
         lambda: ops.sums(x.long(), *rows, 2),
         lambda: ops.sums(x, None, None, 2),
+        lambda: ops.sums(x, torch.zeros(8, dtype=torch.int64), [4, 4], 2),
         lambda: ops.sums(x, *rows, -1),
         lambda: ops.sums(x, *rows, 2**40),
         lambda: ops.moments(moments[0]),
