@@ -27,7 +27,7 @@ from .._moments import (
 _not_loaded: str | None = None
 try:
     from . import _cpu
-except ImportError as error:
+except (AttributeError, ImportError) as error:
     compiled = importlib.util.find_spec(f"{__package__}._cpu") is not None
     _not_loaded = str(error) if compiled else "the package was installed without a C++ compiler"
 else:
@@ -37,8 +37,6 @@ else:
         _not_loaded = "a processor without AVX2"
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-if _not_loaded is None:
-    _cpu.set_exchange(torch.Tensor.__dlpack_c_exchange_api__)
 
 
 def unavailable(x: Tensor) -> str | None:

@@ -264,7 +264,8 @@ PyObject* moments(PyObject*, PyObject* args) {
   return guarded([&] {
     const Tensor sums(sums_, "sums"), moments(out, "moments");
     require(sums.dims == 2, PyExc_RuntimeError, "sums must be [S, 2C + 1]");
-    for (const Tensor* each : {&sums, &moments}) each->check(FLOAT64, {sums.shape[0], sums.shape[1]});
+    for (const Tensor* each : {&sums, &moments})
+      each->check(FLOAT64, {sums.shape[0], sums.shape[1]});
     fill_moments(sums.shape[0], sums.shape[1] / 2, sums.pointer<double>(),
                  moments.pointer<double>());
   });
@@ -275,8 +276,8 @@ PyObject* normalize(PyObject*, PyObject* args) {
   PyObject *x_, *index, *sizes, *moments_, *weights_, *biases_, *out;
   double eps;
   long long threads;
-  if (!PyArg_ParseTuple(args, "OOOOOOdOL", &x_, &index, &sizes, &moments_, &weights_, &biases_, &eps,
-                        &out, &threads))
+  if (!PyArg_ParseTuple(args, "OOOOOOdOL", &x_, &index, &sizes, &moments_, &weights_, &biases_,
+                        &eps, &out, &threads))
     return nullptr;
   return guarded([&] {
     const Tensor x(x_, "x"), moments(moments_, "moments");
@@ -314,7 +315,8 @@ PyObject* gradient(PyObject*, PyObject* args) {
     const Type wide = batch.accumulation_type();
     moments.check(FLOAT64, {splits, 2 * features + 1});
     sums.check(wide, {splits, 2 * features});
-    const Tensor dy = batch.like(x, dy_, "dy"), dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
+    const Tensor dy = batch.like(x, dy_, "dy");
+    const Tensor dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
     const auto weights = addresses(weights_, "weight", wide, {features}, splits);
     run(batch.type, [&](auto element) {
       using T = decltype(element);
@@ -369,18 +371,7 @@ PyObject* update_running_stats(PyObject*, PyObject* args) {
   });
 }
 
-// Takes torch's functions of DLPack, a capsule.
-PyObject* set_exchange(PyObject*, PyObject* capsule) {
-  const void* found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-  for (exchange = static_cast<const Exchange*>(found); exchange && exchange->major_version != 1;)
-    exchange = exchange->older;
-  return guarded([&] {
-    require(exchange && exchange->describe, PyExc_ImportError, "torch must speak DLPack 1");
-  });
-}
-
 PyMethodDef methods[] = {
-    {"set_exchange", set_exchange, METH_O, nullptr},
     {"sums", sums, METH_VARARGS, nullptr},
     {"moments", moments, METH_VARARGS, nullptr},
     {"normalize", normalize<false>, METH_VARARGS, nullptr},
@@ -399,6 +390,11 @@ PyModuleDef module = {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__cpu() {
+  try {
+    exchange = find_exchange();
+  } catch (const PythonError&) {
+    return nullptr;
+  }
   names = {PyUnicode_InternFromString("storage_offset"),
            PyUnicode_InternFromString("untyped_storage"), PyUnicode_InternFromString("nbytes")};
   return PyModule_Create(&module);

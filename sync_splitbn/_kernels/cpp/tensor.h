@@ -52,13 +52,25 @@ struct Description {
 };
 struct Exchange {
   uint32_t major_version, minor_version;
-  Exchange* older;
+  const Exchange* older;
   void* of_managed_tensors[3];
   int (*describe)(void*, Description*);
   void* current_stream;
 };
 constexpr int32_t CPU = 1;
 const Exchange* exchange;
+
+// Returns torch's functions, or throws.
+const Exchange* find_exchange() {
+  const Owned torch(PyImport_ImportModule("torch"));
+  const Owned tensor(PyObject_GetAttrString(torch.object, "Tensor"));
+  const Owned capsule(PyObject_GetAttrString(tensor.object, "__dlpack_c_exchange_api__"));
+  const void* newest = PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api");
+  const Exchange* found = static_cast<const Exchange*>(newest);
+  while (found && found->major_version != 1) found = found->older;
+  require(found && found->describe, PyExc_ImportError, "torch must speak DLPack 1");
+  return found;
+}
 
 // Types of elements, and their codes and bits in DLPack.
 enum Type { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT64, TYPES };
