@@ -1,18 +1,19 @@
-"""What describes a batch and its splits: rows, statistics, affine map, and the checks they share.
+"""The moments of a batch and its splits, and what all kernels need: checks, types, memory.
 
-S splits, C features, N rows. `Splits` says which rows belong to which split: a tuple holds the
-sizes of S contiguous sub-batches, a tensor holds the split of each row, int64 [N].
+S splits, C features, N rows.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Splits: TypeAlias = tuple[int, ...] | Tensor
+Index: TypeAlias = Tensor | None
+Sizes: TypeAlias = Sequence[int] | None
+Tensors: TypeAlias = Sequence[Tensor]
 
 
 @dataclass
@@ -25,11 +26,6 @@ class Moments:
     """
 
     values: Tensor
-
-    @classmethod
-    def of_statistics(cls, mean: Tensor, var: Tensor) -> "Moments":
-        """Return moments with given statistics, [S, C], and a count of 1."""
-        return cls(torch.cat([mean, var, mean.new_ones(len(mean), 1)], dim=1).double())
 
     @property
     def count(self) -> Tensor:
@@ -52,33 +48,9 @@ class Moments:
         count = self.values[:, -1:]
         return self.var * (count / (count - 1).clamp(min=1))
 
-    def shifted(self, mean: Tensor) -> "Moments":
-        """Return the moments of all values plus a `mean`, [S, C]."""
-        return Moments(torch.cat([self.mean + mean, self.values[:, mean.shape[1] :]], dim=1))
-
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""
         return (self.var + eps).rsqrt()
-
-
-class Affine(NamedTuple):
-    """What follows the statistics: weights and biases of S splits, [C] each, and the eps."""
-
-    weights: Sequence[Tensor] | None
-    biases: Sequence[Tensor] | None
-    eps: float
-
-
-class RunningStats(NamedTuple):
-    """Running statistics of S splits, one tensor each: means and variances [C], counters [].
-
-    No counters count nothing. A `momentum` of None averages all counted updates evenly.
-    """
-
-    means: Sequence[Tensor]
-    vars: Sequence[Tensor]
-    counters: Sequence[Tensor]
-    momentum: float | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +78,11 @@ def as_dense(x: Tensor) -> Tensor:
     # The same question twice, but this one is answered in a tenth of the time.
     innermost = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x if innermost or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def increment_versions(tensors: Tensors) -> None:
+    """Tell whoever saved one of the tensors for a backward pass that it was changed."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def check_num_splits(num_splits: int) -> None:
@@ -137,7 +114,7 @@ def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:
 
 
 def check_tensors(
-    name: str, tensors: Sequence[Tensor], shape: tuple[int, ...], device: torch.device
+    name: str, tensors: Tensors, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """Raise unless the tensor of each split has this shape and is on this device."""
     for tensor in tensors:

@@ -10,10 +10,7 @@ from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
 from ._collectives import check_group, resolve_group
 from ._moments import (
-    Affine,
     Moments,
-    RunningStats,
-    Splits,
     accumulation_dtype,
     check_eps,
     check_num_splits,
@@ -93,29 +90,35 @@ def sync_split_batch_norm(
     check_input(input)
     check_group(process_group)
     check_eps(eps)
-    splits = check_splits(input, num_splits, sizes, index)
-    weights = _by_split("weight", weight, input, num_splits)
-    biases = _by_split("bias", bias, input, num_splits)
+    rows = check_splits(input, num_splits, sizes, index)
     none = [None] * num_splits
     output, values = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
-        splits,
+        *rows,
         num_splits,
         eps,
         resolve_group(process_group) if sync else None,
         impl,
-        *(weights or none),
-        *(biases or none),
+        *(_by_split("weight", weight, input, num_splits) or none),
+        *(_by_split("bias", bias, input, num_splits) or none),
     )
     return output, Moments(values)
 
 
-def update_running_stats(running: RunningStats, moments: Moments) -> None:
+def update_running_stats(
+    means: Sequence[Tensor],
+    vars: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    momentum: float | None,
+    moments: Moments,
+) -> None:
     """Move the running statistics of S splits by the moments of a batch, in place.
 
     A split without elements leaves its own as they are, one with a single element its variance.
+    No counters count nothing. A `momentum` of None averages all counted updates evenly.
     """
-    _kernels.choose(None, running.means[0]).update_running_stats(running, moments)
+    kernels = _kernels.choose(None, means[0])
+    kernels.update_running_stats(means, vars, counters, momentum, moments.values)
 
 
 def normalize_rows(
@@ -131,17 +134,14 @@ def normalize_rows(
 ) -> Tensor:
     """Normalize each row by given statistics of its split, [S, C]: evaluation with mixed rows."""
     num_splits = mean.shape[0]
-    affine = Affine(
-        _by_split("weight", weight, input, num_splits),
-        _by_split("bias", bias, input, num_splits),
-        eps,
-    )
     # ATen's, because autograd differentiates them.
     return _kernels.choose("aten", input).normalize(
         input,
-        check_splits(input, num_splits, sizes, index),
-        Moments.of_statistics(mean, var),
-        affine,
+        *check_splits(input, num_splits, sizes, index),
+        torch.cat([mean, var, mean.new_ones(num_splits, 1)], dim=1).double(),
+        _by_split("weight", weight, input, num_splits),
+        _by_split("bias", bias, input, num_splits),
+        eps,
     )
 
 
@@ -161,27 +161,27 @@ def check_input(input: Tensor, num_features: int | None = None) -> None:
 
 def check_splits(
     input: Tensor, num_splits: int, sizes: Sequence[int] | None, index: Tensor | None
-) -> Splits:
-    """Return the rows of each split as kernels take them, or raise."""
+) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """Return the index or the sizes of the splits as kernels take them, or raise."""
     rows = input.shape[0]
     check_num_splits(num_splits)
     if sizes is not None and index is not None:
         raise ValueError("at most one of sizes and index must be given, got both")
     if index is not None:
-        return _check_index(input, num_splits, index)
+        return _check_index(input, num_splits, index), None
     if sizes is None:
         if rows % num_splits:
             raise ValueError(
                 f"input.shape[0] must be divisible by num_splits={num_splits}, got {rows}; "
                 "drop the last short batch, or give the sizes by assign_splits"
             )
-        return (rows // num_splits,) * num_splits
+        return None, (rows // num_splits,) * num_splits
     sizes = check_sizes(sizes, num_splits)
     if sum(sizes) != rows:
         raise ValueError(
             f"sizes must sum to input.shape[0]={rows}, got {sizes} with sum {sum(sizes)}"
         )
-    return sizes
+    return None, sizes
 
 
 def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
@@ -217,27 +217,27 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
 
 def _by_split(
     name: str, value: Tensor | Sequence[Tensor] | None, input: Tensor, num_splits: int
-) -> Sequence[Tensor] | None:
-    """Return a parameter as S tensors [C] in the accumulation type of `input`, or raise."""
+) -> list[Tensor]:
+    """Return a parameter as S tensors [C] in the accumulation type, none for None, or raise."""
     if value is None:
-        return None
-    features = input.shape[1]
+        return []
+    shape, dtype, device = input.shape[1:2], accumulation_dtype(input.dtype), input.device
     values = value
     if isinstance(value, Tensor):
         values = value.unbind() if value.dim() == 2 else [value] * num_splits
-    if len(values) != num_splits or any(each.shape != (features,) for each in values):
-        got = value.shape if isinstance(value, Tensor) else [list(each.shape) for each in value]
+    shapes = [each.shape for each in values]
+    if shapes != [shape] * num_splits:
+        got = value.shape if isinstance(value, Tensor) else [list(each) for each in shapes]
         raise ValueError(
-            f"{name} must have shape [C]={[features]} or [S, C]={[num_splits, features]}, or be S "
+            f"{name} must have shape [C]={list(shape)} or [S, C]={[num_splits, *shape]}, or be S "
             f"tensors [C], got {list(got)}"
         )
     for each in values:
         if not each.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {each.dtype}")
-        if each.device != input.device:
+        if each.device != device:
             raise ValueError(
-                f"{name} must be on the device of input, {input.device}, got {each.device}; "
+                f"{name} must be on the device of input, {device}, got {each.device}; "
                 "move the layer there with .to(), or from meta with .to_empty()"
             )
-    dtype = accumulation_dtype(input.dtype)
     return [each if each.dtype == dtype else each.to(dtype) for each in values]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._moments import Moments, RunningStats, accumulation_dtype
-from ._state import PARAMETERS, SplitState
+from ._moments import Tensors, accumulation_dtype
+from ._state import BUFFERS, PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import (
     check_input,
@@ -109,31 +109,31 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             sizes = (input.shape[0],) + (0,) * (self.num_splits - 1)
         # Activation checkpointing runs forward again inside backward: count a batch once.
         is_recompute = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        is_tracking = self.training and self.track_running_stats
-        means = self._by_split("running_mean") if is_tracking else None
+        is_tracking = self.training and self.track_running_stats and not self._stats_frozen
+        running = self._running_stats() if is_tracking and not is_recompute else None
+        weights, biases = self._parameters_by_split()
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
-            self._parameters_by_split("weight"),
-            self._parameters_by_split("bias"),
+            weights or None,
+            biases or None,
             sizes=sizes,
             index=index,
             eps=self.eps,
             sync=self.training,
             process_group=self.process_group,
         )
-        if means is not None and not self._stats_frozen and not is_recompute:
-            self._update_running_stats(means, moments)
+        if running is not None:
+            update_running_stats(*running, self.momentum, moments)
         return output
 
-    def _update_running_stats(self, means: list[Tensor], moments: Moments) -> None:
-        """Update every split's running statistics by the moments of all ranks."""
-        variances = self._by_split("running_var")
-        if variances is None:
+    def _running_stats(self) -> tuple[Tensors, Tensors, Tensors] | None:
+        """Return the running means, variances and counters of all splits, or None without them."""
+        means, variances, counters = self._by_split(*BUFFERS)
+        if means and not variances:
             raise RuntimeError("running_var must be a tensor where running_mean is one, got None")
-        # As in plain batch norm, None counts nothing, and then there is no average to take.
-        counters = self._by_split("num_batches_tracked") or []
-        update_running_stats(RunningStats(means, variances, counters, self.momentum), moments)
+        # As in plain batch norm, without counters there is no average to take.
+        return (means, variances, counters) if means else None
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""
@@ -141,14 +141,14 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         if assignment is None or assignment.only is not None:
             return self._evaluate_one(input, 0 if assignment is None else assignment.only or 0)
         sizes, index = assignment.rows(input, self.num_splits)
-        mean = torch.stack([stats.running_mean for stats in self._splits()])
-        var = torch.stack([stats.running_var for stats in self._splits()])
+        means, variances = self._by_split("running_mean", "running_var")
+        weights, biases = self._parameters_by_split()
         return normalize_rows(
             input,
-            mean,
-            var,
-            self._parameters_by_split("weight"),
-            self._parameters_by_split("bias"),
+            torch.stack(means),
+            torch.stack(variances),
+            weights or None,
+            biases or None,
             sizes=sizes,
             index=index,
             eps=self.eps,

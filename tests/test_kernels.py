@@ -10,7 +10,7 @@ from compiled import COMPILED, IMPLS, KERNELS
 
 from sync_splitbn import sync_split_batch_norm
 from sync_splitbn._kernels import aten, choose, cpu, operators
-from sync_splitbn._moments import Affine, Moments, RunningStats
+from sync_splitbn._moments import Moments
 
 SHAPES = [(12, 5), (12, 5, 1), (12, 5, 7), (12, 65, 3, 2), (12, 1, 4), (12, 3, 2, 3, 2)]
 # For several threads: short rows, long ones, and many features.
@@ -31,6 +31,7 @@ SPLITS = {
     "one empty": (5, 0, 7),
     "index": torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 1, 1]),
 }
+EPS = 1e-5
 # Of the largest value: rounding of the type, some times over.
 CLOSE = {
     torch.float64: 1e-12,
@@ -38,6 +39,11 @@ CLOSE = {
     torch.bfloat16: 1.6e-2,
     torch.float16: 2e-3,
 }
+
+
+def rows_of(splits):
+    """Return the index and the sizes as kernels take them, of which one is None."""
+    return (splits, None) if isinstance(splits, torch.Tensor) else (None, splits)
 
 
 def definition(x, dy, ids, weight, bias, eps):
@@ -73,8 +79,9 @@ def assert_near(value, truth, dtype, size=1e-3):
         assert worst < CLOSE[dtype], worst.item()
 
 
-def assert_moments(moments, truth):
-    assert moments.values.dtype == torch.float64
+def assert_moments(values, truth):
+    assert values.dtype == torch.float64
+    moments = Moments(values)
     size = truth.mean.abs().max().item()
     torch.testing.assert_close(moments.mean, truth.mean, rtol=1e-6, atol=1e-6 * size)
     torch.testing.assert_close(moments.var, truth.var, rtol=1e-6, atol=1e-9)
@@ -87,37 +94,34 @@ def check(kernels, x, dy, splits, dtype):
     ids = splits if by_index else torch.arange(3).repeat_interleave(torch.tensor(splits))
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = (torch.rand(3, x.shape[1], dtype=wide) + 0.5 for _ in range(2))
-    sums_x, values, y, sums_dy, dx = definition(x, dy, ids, weight.double(), bias.double(), 1e-5)
-    truth, affine = Moments(values), Affine(list(weight), list(bias), 1e-5)
+    sums_x, values, y, sums_dy, dx = definition(x, dy, ids, weight.double(), bias.double(), EPS)
+    truth, rows = Moments(values), rows_of(splits)
+    weights, biases = list(weight), list(bias)
 
-    sums = kernels.sums(x, splits, 3)
+    sums = kernels.sums(x, *rows, 3)
     assert sums.dtype == torch.float64
     torch.testing.assert_close(sums, sums_x, rtol=1e-6, atol=1e-6 * sums_x.abs().max().item())
     assert_moments(kernels.moments(sums), truth)
-    fused_y, fused_moments = kernels.normalize_batch(x, splits, 3, affine)
+    fused_y, fused_moments = kernels.normalize_batch(x, *rows, 3, weights, biases, EPS)
     assert_moments(fused_moments, truth)
-    fused_dx, fused_sums = kernels.grad_batch(dy, x, splits, truth, affine)
+    fused_dx, fused_sums = kernels.grad_batch(dy, x, *rows, values, weights, EPS)
 
     # In a split of one element dy cancels against its own mean, times this.
-    scale = (weight / (truth.var + 1e-5).sqrt()).max().item()
+    scale = (weight / (truth.var + EPS).sqrt()).max().item()
+    of_sums = sums_dy.to(wide)
     for name, value, expected, size in (
-        ("normalize", kernels.normalize(x, splits, truth, affine), y, 1),
+        ("normalize", kernels.normalize(x, *rows, values, weights, biases, EPS), y, 1),
         ("normalize_batch", fused_y, y, 1),
-        (
-            "grad_input",
-            kernels.grad_input(dy, x, splits, truth, affine, sums_dy.to(wide)),
-            dx,
-            scale,
-        ),
+        ("grad_input", kernels.grad_input(dy, x, *rows, values, weights, EPS, of_sums), dx, scale),
         ("grad_batch", fused_dx, dx, scale),
     ):
         assert value.dtype == dtype, name
         assert value.shape == x.shape, name
         assert_near(value, expected, dtype, size=size)
-    for local in (kernels.grad_sums(dy, x, splits, truth, affine), fused_sums):
+    for local in (kernels.grad_sums(dy, x, *rows, values, EPS), fused_sums):
         assert local.dtype == wide
         assert_near(local, sums_dy, wide)
-    bare = kernels.normalize(x, splits, truth, Affine(None, None, 1e-5))
+    bare = kernels.normalize(x, *rows, values, [], [], EPS)
     shape = (*weight[ids].shape, *(1 for _ in x.shape[2:]))
     weight, bias = (value.double()[ids].view(shape) for value in (weight, bias))
     assert_near(bare, (y - bias) / weight, dtype)
@@ -169,22 +173,23 @@ def test_cpu_kernels_write_large_results_as_small_ones(length, last, dtype):
     torch.manual_seed(0)
     x = torch.randn(66, 32, *length).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    dy, affine, splits = torch.randn_like(x), Affine(None, None, 1e-5), (12, 24, 30)
-    moments = cpu.moments(cpu.sums(x, splits, 3))
-    sums = cpu.grad_sums(dy, x, splits, moments, affine)
-    y = cpu.normalize(x, splits, moments, affine)
-    dx = cpu.grad_input(dy, x, splits, moments, affine, sums)
+    dy, sizes = torch.randn_like(x), (12, 24, 30)
+    moments = cpu.moments(cpu.sums(x, None, sizes, 3))
+    sums = cpu.grad_sums(dy, x, None, sizes, moments, EPS)
+    y = cpu.normalize(x, None, sizes, moments, [], [], EPS)
+    dx = cpu.grad_input(dy, x, None, sizes, moments, [], EPS, sums)
     assert y.nbytes >= 2**24
     row = 0
-    for split, size in enumerate(splits):
+    for split, size in enumerate(sizes):
         # One after the other they are small.
-        one = Moments(moments.values[split : split + 1])
+        one = moments[split : split + 1]
         for start in range(row, row + size, 6):
             rows = slice(start, start + 6)
-            alone = cpu.normalize(x[rows], (6,), one, affine)
+            alone = cpu.normalize(x[rows], None, (6,), one, [], [], EPS)
             assert y[rows].equal(alone)
             of = sums[split : split + 1]
-            assert dx[rows].equal(cpu.grad_input(dy[rows], x[rows], (6,), one, affine, of))
+            alone = cpu.grad_input(dy[rows], x[rows], None, (6,), one, [], EPS, of)
+            assert dx[rows].equal(alone)
         row += size
 
 
@@ -229,7 +234,7 @@ def test_cpu_kernels_keep_the_digits_of_many_values(shape, last, dtype):
         if last:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         n = shape[0] // 3
-        found = cpu.moments(cpu.sums(x, (n, n, n), 3))
+        found = Moments(cpu.moments(cpu.sums(x, None, (n, n, n), 3)))
         parts = [part.double().transpose(0, 1).flatten(1) for part in x.split(n)]
         var = torch.stack([part.var(1, correction=0) for part in parts])
         assert ((found.var - var).abs() / var).max() < 1e-6, far
@@ -248,12 +253,12 @@ def test_moments_give_the_inverse_deviation_of_each_eps():
 def test_cpu_kernels_serve_two_threads_at_once():
     torch.manual_seed(0)
     xs, dys = torch.randn(2, 2, 12, 16, 40, 40).bfloat16()
-    affine, splits = Affine(None, None, 1e-5), (4, 4, 4)
-    moments = [cpu.moments(cpu.sums(x, splits, 3)) for x in xs]
+    rows = None, (4, 4, 4)
+    moments = [cpu.moments(cpu.sums(x, *rows, 3)) for x in xs]
 
     def differentiate(i):
-        sums = cpu.grad_sums(dys[i], xs[i], splits, moments[i], affine)
-        return cpu.grad_input(dys[i], xs[i], splits, moments[i], affine, sums)
+        sums = cpu.grad_sums(dys[i], xs[i], *rows, moments[i], EPS)
+        return cpu.grad_input(dys[i], xs[i], *rows, moments[i], [], EPS, sums)
 
     apart = [differentiate(i) for i in range(2)]
     start = threading.Barrier(2)
@@ -274,7 +279,7 @@ def test_operators_take_tensors_that_are_views():
     torch.manual_seed(0)
     values = torch.randn(24, 8, 6, 5, dtype=torch.complex64)
     weights, biases = torch.rand(3, 16)[:, ::2], torch._neg_view(torch.rand(8, 3).T)
-    affine, splits = Affine(list(weights), list(biases), 1e-5), (4, 3, 5)
+    weights, biases, rows = list(weights), list(biases), (None, (4, 3, 5))
     views = [
         values.real[::2],
         values.conj().imag[:12],
@@ -286,14 +291,14 @@ def test_operators_take_tensors_that_are_views():
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
     for x in views:
         for dy in [*views, views[0].bfloat16()]:
-            moments = operators.moments(operators.sums(x, splits, 3))
-            close(moments.values, aten.moments(aten.sums(x, splits, 3)).values)
-            y = operators.normalize(x, splits, moments, affine)
-            close(y, aten.normalize(x, splits, moments, affine))
-            sums = operators.grad_sums(dy, x, splits, moments, affine)
-            close(sums, aten.grad_sums(dy, x, splits, moments, affine))
-            dx = operators.grad_input(dy, x, splits, moments, affine, sums)
-            close(dx, aten.grad_input(dy, x, splits, moments, affine, sums))
+            moments = operators.moments(operators.sums(x, *rows, 3))
+            close(moments, aten.moments(aten.sums(x, *rows, 3)))
+            affine = x, *rows, moments, weights, biases, EPS
+            close(operators.normalize(*affine), aten.normalize(*affine))
+            sums = operators.grad_sums(dy, x, *rows, moments, EPS)
+            close(sums, aten.grad_sums(dy, x, *rows, moments, EPS))
+            gradient = dy, x, *rows, moments, weights, EPS, sums
+            close(operators.grad_input(*gradient), aten.grad_input(*gradient))
 
 
 @COMPILED
@@ -321,9 +326,9 @@ def test_cpu_kernels_round_to_half_precision_as_torch_does(dtype):
     """To the nearest, and of two as near to the even one."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()].view(1, 1, -1)
-    moments = Moments.of_statistics(torch.zeros(1, 1), torch.full((1, 1), 0.5))
+    moments = torch.tensor([[0, 0.5, 1]], dtype=torch.float64)
     weight = torch.full((1,), 1 + torch.finfo(dtype).eps / 2)
-    y = cpu.normalize(x, (1,), moments, Affine([weight], None, 0.5))
+    y = cpu.normalize(x, None, (1,), moments, [weight], [], 0.5)
     assert y.equal((x.float() * weight).to(dtype))
 
 
@@ -332,8 +337,8 @@ def test_cpu_kernels_leave_an_infinite_gradient_infinite():
     for length in (3, 8, 9, 16, 33):
         x, dy = torch.randn(1, 2, length), torch.zeros(1, 2, length)
         dy[0, 0] = torch.inf
-        moments = cpu.moments(cpu.sums(x, (1,), 1))
-        sums = cpu.grad_sums(dy, x, (1,), moments, Affine(None, None, 1e-5))
+        moments = cpu.moments(cpu.sums(x, None, (1,), 1))
+        sums = cpu.grad_sums(dy, x, None, (1,), moments, EPS)
         assert sums[0, 0] == torch.inf
         assert sums[0, 1] == 0
 
@@ -350,7 +355,7 @@ def test_cpu_kernels_never_read_or_write_beyond_their_tensors():
         (torch.tensor([0, 1, -1, 0]), "index must hold"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.sums(x, splits, 2)
+            cpu.sums(x, *rows_of(splits), 2)
 
 
 @COMPILED
@@ -359,15 +364,16 @@ def test_cpu_kernels_keep_what_is_no_number():
     for dtype in CLOSE:
         x = torch.randn(6, 4, 5).to(dtype)
         x[3, 2, 1] = torch.nan
-        moments = cpu.moments(cpu.sums(x, (2, 4), 2))
-        y = cpu.normalize(x, (2, 4), moments, Affine(None, None, 1e-5))
+        rows = None, (2, 4)
+        moments = cpu.moments(cpu.sums(x, *rows, 2))
+        y = cpu.normalize(x, *rows, moments, [], [], EPS)
         hurt = torch.zeros(6, 4, 5, dtype=torch.bool)
         hurt[2:, 2] = True
         assert y.isnan().equal(hurt), dtype
         # Rounding one with all bits set would make a zero of it.
         weight = torch.full((4,), -1, dtype=torch.int32).view(torch.float32)
         weight = weight.to(torch.promote_types(dtype, torch.float32))
-        assert cpu.normalize(x, (2, 4), moments, Affine([weight] * 2, None, 1e-5)).isnan().all()
+        assert cpu.normalize(x, *rows, moments, [weight] * 2, [], EPS).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2, 2), (6, 3, 0), (6, 0), (6, 0, 4)], ids=str)
@@ -377,27 +383,27 @@ def test_kernels_take_empty_tensors(kernels, shape):
     n, features = shape[0] // 3, shape[1]
     expected = torch.zeros(3, 2 * features + 1, dtype=torch.float64)
     expected[:, -1] = n * torch.Size(shape[2:]).numel()
-    for splits in ((n, n, n), torch.arange(shape[0]) % 3):
-        sums = kernels.sums(x, splits, 3)
+    for rows in ((None, (n, n, n)), (torch.arange(shape[0]) % 3, None)):
+        sums = kernels.sums(x, *rows, 3)
         assert sums.equal(expected)
-        moments, affine = kernels.moments(sums), Affine(None, None, 1e-5)
-        assert moments.values.equal(expected)
-        sums = kernels.grad_sums(x, x, splits, moments, affine)
+        moments = kernels.moments(sums)
+        assert moments.equal(expected)
+        sums = kernels.grad_sums(x, x, *rows, moments, EPS)
         assert sums.equal(torch.zeros(3, 2 * features))
-        y, of_batch = kernels.normalize_batch(x, splits, 3, affine)
-        assert of_batch.values.equal(expected)
-        dx, sums = kernels.grad_batch(x, x, splits, moments, affine)
+        y, of_batch = kernels.normalize_batch(x, *rows, 3, [], [], EPS)
+        assert of_batch.equal(expected)
+        dx, sums = kernels.grad_batch(x, x, *rows, moments, [], EPS)
         assert sums.equal(torch.zeros(3, 2 * features))
-        again = kernels.normalize(x, splits, moments, affine)
-        for result in (y, dx, again, kernels.grad_input(x, x, splits, moments, affine, sums)):
+        again = kernels.normalize(x, *rows, moments, [], [], EPS)
+        for result in (y, dx, again, kernels.grad_input(x, x, *rows, moments, [], EPS, sums)):
             assert result.shape == shape
 
 
-def running_stats(dtype, momentum, features, counted=True):
+def running_stats(dtype, features, counted=True):
     torch.manual_seed(0)
     means, variances = torch.rand(2, 3, features).to(dtype)
     counters = list(torch.tensor([4, 0, 7])) if counted else []
-    return RunningStats(list(means), list(variances), counters, momentum)
+    return list(means), list(variances), counters
 
 
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "uncounted"])
@@ -408,33 +414,34 @@ def test_kernels_update_running_statistics_by_their_definition(kernels, dtype, m
     """An empty split keeps its own and its count, a single element leaves the variance."""
     mean, var = torch.randn(2, 3, 5).double()
     count = torch.tensor([[6.0], [0.0], [1.0]]).double()
-    running = running_stats(dtype, momentum, 5, counted)
-    before = running_stats(dtype, momentum, 5, counted)
-    kernels.update_running_stats(running, Moments(torch.cat([mean, var.abs(), count], dim=1)))
+    means, variances, counters = running_stats(dtype, 5, counted)
+    old_means, old_variances, _ = running_stats(dtype, 5, counted)
+    moments = torch.cat([mean, var.abs(), count], dim=1)
+    kernels.update_running_stats(means, variances, counters, momentum, moments)
     tracked = [5, 0, 8]
     for s, n in enumerate((6, 0, 1)):
         step = momentum
         if momentum is None:
             step = 1 / tracked[s] if counted and n else 0
         for found, old, new, least in (
-            (running.means[s], before.means[s], mean[s], 1),
-            (running.vars[s], before.vars[s], var[s].abs() * 6 / 5, 2),
+            (means[s], old_means[s], mean[s], 1),
+            (variances[s], old_variances[s], var[s].abs() * 6 / 5, 2),
         ):
             expected = old.double().lerp(new, step) if n >= least else old.double()
             assert found.dtype == dtype
             assert_near(found, expected, dtype, size=1)
             assert n >= least or found.equal(old)
     if counted:
-        assert [int(counter) for counter in running.counters] == tracked
+        assert [int(counter) for counter in counters] == tracked
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_update_running_statistics_that_are_views_of_different_types(kernels):
-    moments = Moments(torch.tensor([[2.0, 3.0, 4.0, 9.0, 4.0]] * 2).double())
+    moments = torch.tensor([[2.0, 3.0, 4.0, 9.0, 4.0]] * 2).double()
     memory = torch.zeros(4, 4, dtype=torch.float64)
     means = [memory[0, ::2], torch.zeros(2, dtype=torch.bfloat16)]
     variances = [torch.zeros(2), memory.T[1, ::2]]
-    kernels.update_running_stats(RunningStats(means, variances, [], 1.0), moments)
+    kernels.update_running_stats(means, variances, [], 1.0, moments)
     for found in means:
         assert found.tolist() == [2, 3]
     for found in variances:

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, frozen_stats
 
@@ -348,6 +349,23 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant):
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert model[1].num_batches_tracked == 1
+
+
+ROWS = {
+    "equal": {"sizes": (4, 4)},
+    "uneven": {"sizes": (3, 5)},
+    "uneven otherwise": {"sizes": (5, 3)},
+    "index": {"index": torch.tensor([0, 1] * 4)},
+}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(ROWS, 2)))
+def test_second_forward_of_checkpointing_with_other_rows_is_refused(first, second):
+    model, x = nn.Sequential(nn.Linear(4, 4), SyncSplitBatchNorm(4), nn.Tanh()), torch.randn(8, 4)
+    with assign_splits(model, **ROWS[first]):
+        y = checkpoint(model, x, use_reentrant=False)
+    with pytest.raises(CheckpointError), assign_splits(model, **ROWS[second]):
+        y.sum().backward()
 
 
 def test_input_without_gradient_leaves_the_parameters_theirs():

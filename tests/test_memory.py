@@ -9,7 +9,6 @@ from compiled import COMPILED, KERNELS
 
 from sync_splitbn import SyncSplitBatchNorm, assign_splits
 from sync_splitbn._kernels import aten, cpu
-from sync_splitbn._moments import Affine, RunningStats
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(12, 1), (12, 3), (12, 37, 1), (12, 5, 7), (12, 9, 5, 5), (12, 130, 3), (12, 2, 43, 53)]
@@ -75,34 +74,32 @@ def tensors_of(shape, dtype, last):
     return [x, dy, *(list(each) for each in state), list(torch.tensor([3, 1, 4]))]
 
 
-def run(kernels, x, dy, splits, tensors, copy):
+def run(kernels, x, dy, rows, tensors, copy):
     """Return what each kernel makes of one batch, given and returned where `copy` puts it."""
     weights, biases, means, variances, counters = tensors
-    affine = Affine(weights, biases, 1e-5)
-    sums = copy(kernels.sums(x, splits, 3))
-    moments = kernels.moments(sums)
-    moments.values = copy(moments.values)
-    y = kernels.normalize(x, splits, moments, affine)
-    fused_y, fused_moments = kernels.normalize_batch(x, splits, 3, affine)
-    grad_sums = copy(kernels.grad_sums(dy, x, splits, moments, affine))
-    dx = kernels.grad_input(dy, x, splits, moments, affine, grad_sums)
-    fused_dx, fused_sums = kernels.grad_batch(dy, x, splits, moments, affine)
-    kernels.update_running_stats(RunningStats(means, variances, counters, 0.1), moments)
-    results = [y, fused_y, dx, fused_dx, fused_moments.values, fused_sums, sums, moments.values]
+    sums = copy(kernels.sums(x, *rows, 3))
+    moments = copy(kernels.moments(sums))
+    y = kernels.normalize(x, *rows, moments, weights, biases, 1e-5)
+    fused_y, fused_moments = kernels.normalize_batch(x, *rows, 3, weights, biases, 1e-5)
+    grad_sums = copy(kernels.grad_sums(dy, x, *rows, moments, 1e-5))
+    dx = kernels.grad_input(dy, x, *rows, moments, weights, 1e-5, grad_sums)
+    fused_dx, fused_sums = kernels.grad_batch(dy, x, *rows, moments, weights, 1e-5)
+    kernels.update_running_stats(means, variances, counters, 0.1, moments)
+    results = [y, fused_y, dx, fused_dx, fused_moments, fused_sums, sums, moments]
     return results, [grad_sums, *means, *variances, *counters]
 
 
 def check(kernels, shape, dtype, last, by_index, guard=67):
     x, dy, *state = tensors_of(shape, dtype, last)
-    splits = INDEX if by_index else SIZES
     usual = [[t.clone() for t in each] for each in state]
     made = Poisoned(guard)
-    amid = made.copy(INDEX) if by_index else SIZES
     state = [[made.copy(t) for t in each] for each in state]
     with made:
-        found = run(kernels, made.copy(x), made.copy(dy), amid, state, made.copy)
+        rows = (made.copy(INDEX), None) if by_index else (None, SIZES)
+        found = run(kernels, made.copy(x), made.copy(dy), rows, state, made.copy)
     made.check()
-    plain = run(kernels, x, dy, splits, usual, lambda t: t)
+    rows = (INDEX, None) if by_index else (None, SIZES)
+    plain = run(kernels, x, dy, rows, usual, lambda t: t)
     if kernels is cpu:
         assert all(made.holds(result) for result in found[0])
     for a, b in zip(chain(*found), chain(*plain), strict=True):

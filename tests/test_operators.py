@@ -139,7 +139,7 @@ def definition(x, dy, weights, biases):
 
 def assert_right(found, layer, x, dy):
     """Compare the result of a step with the definition, and the running mean of split 1."""
-    weights, biases = layer._parameters_by_split("weight"), layer._parameters_by_split("bias")
+    weights, biases = layer._parameters_by_split()
     for value, truth in zip(found, definition(x, dy, weights, biases), strict=False):
         tolerance = 1e-4 if value.dtype == torch.float32 else 3e-2
         torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=tolerance)
@@ -524,12 +524,7 @@ def test_tracing_an_index_is_right_or_refused(impl):
         if refusal is None:
             order = index.flip(0).argsort(stable=True)
             found = graph(x, index.flip(0))[order].detach()
-            expected = definition(
-                x[order],
-                dy,
-                layer._parameters_by_split("weight"),
-                layer._parameters_by_split("bias"),
-            )[0]
+            expected = definition(x[order], dy, *layer._parameters_by_split())[0]
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
         else:
             assert "data-dependent" in refusal
@@ -644,9 +639,7 @@ def test_mode_replaces_what_the_operation_is_given():
     layer = layer_of()
     with Doubled():
         y, dx = step(layer, x, dy)
-    expected, _ = definition(
-        2 * x, dy, layer._parameters_by_split("weight"), layer._parameters_by_split("bias")
-    )
+    expected, _ = definition(2 * x, dy, *layer._parameters_by_split())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
     twin = layer_of()
     leaf = x.clone().requires_grad_()
@@ -866,6 +859,7 @@ def test_operators_refuse_what_does_not_fit():
         lambda: ops.sums(x[0, 0, 0], *rows, 2),
         lambda: ops.sums(x.long(), *rows, 2),
         lambda: ops.sums(x, None, None, 2),
+        lambda: ops.sums(x, torch.zeros(8, dtype=torch.int64), [4, 4], 2),
         lambda: ops.sums(x, *rows, -1),
         lambda: ops.sums(x, *rows, 2**40),
         lambda: ops.moments(moments[0]),

@@ -26,11 +26,7 @@ import sync_splitbn._kernels  # noqa: E402 - after the interpreter is chosen
 from sync_splitbn import SyncSplitBatchNorm, assign_splits, sync_split_batch_norm  # noqa: E402
 from sync_splitbn._kernels import aten, triton_jit  # noqa: E402
 from sync_splitbn._kernels import triton as kernels  # noqa: E402
-from sync_splitbn._moments import (  # noqa: E402
-    Affine,
-    Moments,
-    RunningStats,
-)
+from sync_splitbn._moments import Moments  # noqa: E402
 
 # The interpreter of Triton 3.6 takes scalars from arrays as NumPy will no longer allow.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -102,15 +98,21 @@ def batch(shape, dtype=torch.float32, last=False, mean=1.0):
 
 
 def affine_of(features, dtype=torch.float32, num_splits=3):
+    """Return weights, biases and eps."""
     generator = torch.Generator().manual_seed(1)
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = torch.rand(2, num_splits, features, generator=generator).to(DEVICE, wide)
-    return Affine([*weight + 0.5], [*bias - 0.5], 1e-3)
+    return [*weight + 0.5], [*bias - 0.5], 1e-3
 
 
 def splits_of(name):
     splits = SPLITS[name]
     return splits.to(DEVICE) if isinstance(splits, torch.Tensor) else splits
+
+
+def rows_of(splits):
+    """Return the index and the sizes as kernels take them, of which one is None."""
+    return (splits, None) if isinstance(splits, torch.Tensor) else (None, splits)
 
 
 def assert_near(value, truth, tolerance=None, size=1.0):
@@ -124,28 +126,29 @@ def assert_near(value, truth, tolerance=None, size=1.0):
 
 def run_all(kernels, x, dy, splits, affine, moments=None, sums=None, num_splits=3):
     """Return sums, moments, y, sums of dy, dx, the latter three for given moments and sums."""
-    found = kernels.sums(x, splits, num_splits)
+    rows, (weights, _, eps) = rows_of(splits), affine
+    found = kernels.sums(x, *rows, num_splits)
     own = kernels.moments(found)
-    moments = moments or own
-    y = kernels.normalize(x, splits, moments, affine)
-    local = kernels.grad_sums(dy, x, splits, moments, affine)
-    dx = kernels.grad_input(dy, x, splits, moments, affine, local if sums is None else sums)
-    return found, own.values, y, local, dx
+    moments = own if moments is None else moments
+    y = kernels.normalize(x, *rows, moments, *affine)
+    local = kernels.grad_sums(dy, x, *rows, moments, eps)
+    sums = local if sums is None else sums
+    dx = kernels.grad_input(dy, x, *rows, moments, weights, eps, sums)
+    return found, own, y, local, dx
 
 
 def run_alone(kernels, x, dy, splits, affine, num_splits=3):
     """Return moments, y, sums of dy and dx of a rank without others."""
-    y, moments = kernels.normalize_batch(x, splits, num_splits, affine)
-    dx, local = kernels.grad_batch(dy, x, splits, moments, affine)
-    return moments.values, y, local, dx
+    rows, (weights, _, eps) = rows_of(splits), affine
+    y, moments = kernels.normalize_batch(x, *rows, num_splits, *affine)
+    dx, local = kernels.grad_batch(dy, x, *rows, moments, weights, eps)
+    return moments, y, local, dx
 
 
 def assert_as_aten(x, dy, splits, num_splits=3):
     affine = affine_of(x.shape[1], x.dtype, num_splits)
     truth = run_all(aten, x, dy, splits, affine, num_splits=num_splits)
-    ours = run_all(
-        kernels, x, dy, splits, affine, Moments(truth[1]), truth[3], num_splits=num_splits
-    )
+    ours = run_all(kernels, x, dy, splits, affine, truth[1], truth[3], num_splits)
     tight = 1e-12 if x.dtype == torch.float64 else 1e-6
     tolerances = (tight, tight, None, None, None)
     for value, expected, tolerance in zip(ours, truth, tolerances, strict=True):
@@ -219,18 +222,17 @@ def test_forward_and_backward_equal_the_definition(dtype, last, splits):
         ids = splits.cpu()
     else:
         ids = torch.arange(3).repeat_interleave(torch.tensor(splits))
-    truth = oracle.forward(wide, ids, torch.zeros_like(ids), state, eps=affine.eps)
+    truth = oracle.forward(wide, ids, torch.zeros_like(ids), state, eps=affine[2])
     truth.backward(upstream)
     dbias, dweight = sums.chunk(2, dim=1)
     assert_near(y, truth.detach().to(dtype))
     assert_near(dx, wide.grad.to(dtype))
     assert_near(dbias, state.bias.grad[0].to(sums.dtype))
     assert_near(dweight, state.weight.grad[0].to(sums.dtype))
-    running = RunningStats([*torch.zeros(3, 5).double()], [*torch.ones(3, 5).double()], (), 0.1)
-    running = RunningStats(*([t.to(DEVICE) for t in kind] for kind in running[:3]), 0.1)
-    kernels.update_running_stats(running, Moments(values.to(DEVICE)))
-    assert_near(torch.stack(running.means).cpu(), state.running_mean, CLOSE[sums.dtype])
-    assert_near(torch.stack(running.vars).cpu(), state.running_var, CLOSE[sums.dtype])
+    means, variances = torch.tensor([[[0.0] * 5] * 3, [[1.0] * 5] * 3]).double().to(DEVICE)
+    kernels.update_running_stats([*means], [*variances], [], 0.1, values.to(DEVICE))
+    assert_near(means.cpu(), state.running_mean, CLOSE[sums.dtype])
+    assert_near(variances.cpu(), state.running_var, CLOSE[sums.dtype])
 
 
 @LAYOUTS
@@ -252,8 +254,8 @@ def test_variance_of_float64_on_one_rank_is_taken_about_the_mean(last):
     """At mean/std of 1e7, squares about 0 are 1e14 variances, of which float64 has 16 digits."""
     x, _ = batch((12, 5, 7, 7), torch.float64, last, mean=2e7)
     exact = (x - 2e7).flatten(2).unflatten(0, (3, 4)).movedim(2, 1).flatten(2).var(2, correction=0)
-    _, moments = kernels.normalize_batch(x, (4, 4, 4), 3, Affine(None, None, 1e-5))
-    assert ((moments.var - exact).abs() / exact).max() < 1e-13
+    _, values = kernels.normalize_batch(x, None, (4, 4, 4), 3, [], [], 1e-5)
+    assert ((Moments(values).var - exact).abs() / exact).max() < 1e-13
 
 
 @LAYOUTS
@@ -271,7 +273,7 @@ def test_outlier_in_the_corner_of_every_tile_does_not_cost_the_variance(shape, o
     corners += 2 * outlier
     if last:
         x = rows.view(x.movedim(1, -1).shape).movedim(-1, 1)
-    var = kernels.moments(kernels.sums(x, (len(x),), 1)).var
+    var = Moments(kernels.moments(kernels.sums(x, None, (len(x),), 1))).var
     exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     assert ((var - exact).abs() / exact).max() < 1e-6
 
@@ -280,7 +282,7 @@ def test_outlier_in_the_corner_of_every_tile_does_not_cost_the_variance(shape, o
 def test_single_outlier_where_a_program_begins_does_not_cost_the_variance(last):
     x, _ = batch((24, 5, 40, 40), last=last)
     x[0, :, 0, 0] += 2e3
-    var = kernels.moments(kernels.sums(x, (24,), 1)).var
+    var = Moments(kernels.moments(kernels.sums(x, None, (24,), 1))).var
     exact = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
     assert ((var - exact).abs() / exact).max() < 1e-6
 
@@ -289,8 +291,9 @@ def test_single_outlier_where_a_program_begins_does_not_cost_the_variance(last):
 def test_splits_far_from_each_other_are_shifted_by_their_own_rows(last):
     x, _ = batch((12, 5, 7, 7), last=last)
     x += 2e4 * (SPLITS["index"] == 1).to(DEVICE).view(12, 1, 1, 1)
-    ours, truth = (k.moments(k.sums(x, splits_of("index"), 3)) for k in (kernels, aten))
-    assert ((ours.var - truth.var).abs() / truth.var).max() < 1e-6
+    index = splits_of("index")
+    ours, truth = (Moments(k.moments(k.sums(x, index, None, 3))).var for k in (kernels, aten))
+    assert ((ours - truth).abs() / truth).max() < 1e-6
 
 
 def test_mean_that_the_type_cannot_hold_is_not_rounded():
@@ -301,7 +304,7 @@ def test_mean_that_the_type_cannot_hold_is_not_rounded():
     _, dy = batch(x.shape)
     affine = affine_of(3, num_splits=1)
     truth = run_all(aten, x.double(), dy.double(), (8,), affine, num_splits=1)
-    ours = run_all(kernels, x, dy, (8,), affine, Moments(truth[1]), truth[3].float(), 1)
+    ours = run_all(kernels, x, dy, (8,), affine, truth[1], truth[3].float(), 1)
     for value, expected in zip(ours[2:], truth[2:], strict=True):
         assert_near(value, expected.float(), 2e-6)
 
@@ -310,10 +313,10 @@ def test_constant_far_away_has_no_negative_variance():
     """Rounding of E[x^2] - E[x]^2 may fall on either side of 0."""
     values = torch.linspace(1e5, 2e5, 40, dtype=torch.float64, device=DEVICE)
     x = values.view(1, 40, 1).expand(7, 40, 3).contiguous()
-    sums = kernels.sums(x, (7,), 1)
+    sums = kernels.sums(x, None, (7,), 1)
     mean, square = sums[:, :-1].div(21).chunk(2, dim=1)
     assert (square < mean.square()).any(), "a test without a negative variance is none"
-    assert (kernels.moments(sums).var >= 0).all()
+    assert (Moments(kernels.moments(sums)).var >= 0).all()
 
 
 def test_nan_stays_in_its_split_and_channel():
@@ -339,7 +342,7 @@ def test_empty_tensors_are_taken(shape):
     x = torch.zeros(shape, device=DEVICE)
     n = shape[0] // 3
     for splits in ((n, n, n), torch.arange(shape[0], device=DEVICE) % 3):
-        none = Affine(None, None, 1e-5)
+        none = [], [], 1e-5
         sums, values, y, local, dx = run_all(kernels, x, x, splits, none)
         assert sums.equal(torch.zeros(3, 7, dtype=torch.float64, device=DEVICE))
         assert values.equal(sums)
@@ -350,13 +353,13 @@ def test_empty_tensors_are_taken(shape):
 
 def test_parameters_may_be_shared_or_strided_or_missing_or_of_mixed_types():
     x, dy = batch((12, 5, 7))
-    one, wide = affine_of(5, num_splits=1), affine_of(10)
+    (weights, biases, _), wide = affine_of(5, num_splits=1), affine_of(10)
     for affine in (
-        Affine(one.weights * 3, one.biases * 3, one.eps),
-        Affine([w[::2] for w in wide.weights], [b[5:] for b in wide.biases], 1e-3),
-        Affine([one.weights[0], *(w[:5].double() for w in wide.weights[1:])], None, 1e-3),
-        Affine(None, one.biases * 3, 1e-3),
-        Affine(None, None, 0.5),
+        (weights * 3, biases * 3, 1e-3),
+        ([w[::2] for w in wide[0]], [b[5:] for b in wide[1]], 1e-3),
+        ([weights[0], *(w[:5].double() for w in wide[0][1:])], [], 1e-3),
+        ([], biases * 3, 1e-3),
+        ([], [], 0.5),
     ):
         truth = run_all(aten, x, dy, (5, 0, 7), affine)
         ours = run_all(kernels, x, dy, (5, 0, 7), affine)
@@ -385,7 +388,7 @@ def test_splits_beyond_a_kernels_arguments_are_taken(how, last, monkeypatch):
 def test_hundreds_of_splits_are_taken():
     sizes = tuple(2 if i % 50 == 7 else 0 for i in range(260))
     x, _ = batch((sum(sizes), 3))
-    ours, truth = (k.sums(x, sizes, len(sizes)) for k in (kernels, aten))
+    ours, truth = (k.sums(x, None, sizes, len(sizes)) for k in (kernels, aten))
     assert_near(ours, truth, 1e-6)
 
 
@@ -407,7 +410,7 @@ def test_each_program_reads_only_the_rows_of_its_split(last, indexed):
         ids = splits if indexed else torch.arange(3).repeat_interleave(torch.tensor(splits))
         own = (ids.to(DEVICE) == split).view(12, 1, 1)
         poisoned = torch.where(own, x, float("nan"))
-        sums, truth = kernels.sums(poisoned, splits, 3), kernels.sums(x, splits, 3)
+        sums, truth = (kernels.sums(t, *rows_of(splits), 3) for t in (poisoned, x))
         assert sums[split].equal(truth[split])
 
 
@@ -441,13 +444,14 @@ def test_offsets_pass_2_to_the_31(shape, last):
     assert offsets.min() > 2**31
 
 
-def running_of(dtype, num_splits=3, features=5, momentum=0.1, strided=False):
+def running_of(dtype, num_splits=3, features=5, strided=False):
+    """Return means, variances and counters."""
     generator = torch.Generator().manual_seed(2)
     step = 2 if strided else 1
     values = torch.rand(2, num_splits, step * features, generator=generator).to(DEVICE, dtype)
     means, variances = ([row[::step] for row in half] for half in values)
     counters = [torch.tensor(3 * i, device=DEVICE) for i in range(num_splits)]
-    return RunningStats(means, variances, counters, momentum)
+    return means, variances, counters
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.9, 0, 1, None])
@@ -456,12 +460,12 @@ def running_of(dtype, num_splits=3, features=5, momentum=0.1, strided=False):
 def test_running_stats_follow_as_in_aten(num_splits, dtype, momentum):
     values = torch.rand(num_splits, 11, dtype=torch.float64, device=DEVICE)
     values[:, -1] = torch.tensor([0, 1, 7] * num_splits)[:num_splits]
-    ours, truth = (running_of(dtype, num_splits, momentum=momentum) for _ in range(2))
-    kernels.update_running_stats(ours, Moments(values))
-    aten.update_running_stats(truth, Moments(values))
+    ours, truth = (running_of(dtype, num_splits) for _ in range(2))
+    kernels.update_running_stats(*ours, momentum, values)
+    aten.update_running_stats(*truth, momentum, values)
     # The interpreter cuts bfloat16 where a GPU rounds it.
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-7)
-    for kind, expected in zip(ours[:3], truth[:3], strict=True):
+    for kind, expected in zip(ours, truth, strict=True):
         for a, b in zip(kind, expected, strict=True):
             assert_near(a, b, tolerance if a.is_floating_point() else 0.5)
 
@@ -470,10 +474,10 @@ def test_running_stats_of_an_empty_split_stay_and_one_element_moves_no_variance(
     values = torch.full((3, 11), 0.5, dtype=torch.float64, device=DEVICE)
     values[:, -1] = torch.tensor([0, 1, 2])
     running, before = running_of(torch.float32), running_of(torch.float32)
-    kernels.update_running_stats(running, Moments(values))
+    kernels.update_running_stats(*running, 0.1, values)
     moved = [
         [not a.equal(b) for a, b in zip(kind, old, strict=True)]
-        for kind, old in zip(running[:3], before[:3], strict=True)
+        for kind, old in zip(running, before, strict=True)
     ]
     assert moved == [[False, True, True], [False, False, True], [False, True, True]]
 
@@ -486,18 +490,17 @@ def test_running_stats_may_be_strided_or_mixed_and_counters_missing(momentum):
         (False, True, True),
         (False, False, False),
     ):
-        ours, truth = (running_of(torch.float32, momentum=momentum, strided=strided) for _ in "ab")
-        if mixed:
-            ours.means[1], truth.means[1] = ours.means[1].double(), truth.means[1].double()
-        if not counted:
-            ours, truth = ours._replace(counters=()), truth._replace(counters=())
-        kernels.update_running_stats(ours, Moments(values))
+        ours, truth = (running_of(torch.float32, strided=strided) for _ in "ab")
+        for means, _, counters in (ours, truth):
+            means[1] = means[1].double() if mixed else means[1]
+            del counters[3 if counted else 0 :]
+        kernels.update_running_stats(*ours, momentum, values)
         if momentum is None and not counted:
             # As plain batch norm, which then averages nothing.
-            assert ours.means[0].equal(truth.means[0])
+            assert ours[0][0].equal(truth[0][0])
             continue
-        aten.update_running_stats(truth, Moments(values))
-        for kind, expected in zip(ours[:3], truth[:3], strict=True):
+        aten.update_running_stats(*truth, momentum, values)
+        for kind, expected in zip(ours, truth, strict=True):
             for a, b in zip(kind, expected, strict=True):
                 assert_near(a, b, 1e-7)
 
@@ -541,13 +544,14 @@ def test_memory_around_all_tensors_is_neither_read_nor_written(shape, splits, la
     x, dy = guard(x), guard(dy)
     rows = guard(plain) if isinstance(plain, torch.Tensor) else plain
     weights, biases = ([guard(p) for p in kind] for kind in affine[:2])
-    found = run_all(kernels, x, dy, rows, Affine(weights, biases, affine.eps))
+    affine = weights, biases, affine[2]
+    found = run_all(kernels, x, dy, rows, affine)
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
-    alone = run_alone(kernels, x, dy, rows, Affine(weights, biases, affine.eps))
+    alone = run_alone(kernels, x, dy, rows, affine)
     assert not any(result.isnan().any() for result in alone)
     running = running_of(torch.float32, features=features)
-    running = RunningStats(*([guard(t) for t in kind] for kind in running[:3]), 0.1)
-    kernels.update_running_stats(running, Moments(found[1]))
+    running = [[guard(t) for t in kind] for kind in running]
+    kernels.update_running_stats(*running, 0.1, found[1])
     assert not any(t.isnan().any() for kind in running[:2] for t in kind)
     guard.assert_untouched()
 
@@ -577,32 +581,30 @@ def test_wrong_shapes_lengths_and_devices_are_refused(mistake):
     dy = torch.zeros(wrong.get("dy", x.shape), device=wrong.get("dy_device", DEVICE))
     device = wrong.get("weight_device", DEVICE)
     weights = [torch.ones(wrong.get("weight", (5,)), device=device)] * wrong.get("count", 3)
-    moments = Moments(
-        torch.zeros(wrong.get("moments", (3, 11)), dtype=torch.float64, device=DEVICE)
-    )
+    moments = torch.zeros(wrong.get("moments", (3, 11)), dtype=torch.float64, device=DEVICE)
     sums = torch.zeros(wrong.get("sums", (3, 10)), device=DEVICE)
-    splits, affine = wrong.get("splits", (4, 4, 4)), Affine(weights, None, 1e-5)
+    splits = wrong.get("splits", (4, 4, 4))
     splits = splits.to(DEVICE) if isinstance(splits, torch.Tensor) else splits
     with pytest.raises((RuntimeError, ValueError), match=message):
-        kernels.grad_input(dy, x, splits, moments, affine, sums)
+        kernels.grad_input(dy, x, *rows_of(splits), moments, weights, 1e-5, sums)
 
 
 def test_wrong_running_stats_and_types_are_refused():
-    moments = Moments(torch.zeros(3, 11, dtype=torch.float64, device=DEVICE))
-    good = running_of(torch.float32)
+    moments = torch.zeros(3, 11, dtype=torch.float64, device=DEVICE)
+    means, variances, counters = running_of(torch.float32)
     for wrong, message in (
-        (good._replace(means=good.means[:2]), "running_mean must be given for 3 splits"),
-        (good._replace(vars=[v[:4] for v in good.vars]), "running_var must have shape"),
-        (good._replace(counters=[c.view(1) for c in good.counters]), "num_batches_tracked must"),
-        (good._replace(means=[m.to("meta") for m in good.means]), "running_mean must be on"),
+        ((means[:2], variances, counters), "running_mean must be given for 3 splits"),
+        ((means, [v[:4] for v in variances], counters), "running_var must have shape"),
+        ((means, variances, [c.view(1) for c in counters]), "num_batches_tracked must"),
+        (([m.to("meta") for m in means], variances, counters), "running_mean must be on"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            kernels.update_running_stats(wrong, moments)
+            kernels.update_running_stats(*wrong, 0.1, moments)
     x = torch.zeros(12, 5, device=DEVICE)
     with pytest.raises(TypeError, match="moments must be float64, got"):
-        kernels.normalize(x, (4, 4, 4), Moments(torch.zeros(3, 11, device=DEVICE)), affine_of(5))
+        kernels.normalize(x, None, (4, 4, 4), moments.float(), *affine_of(5))
     with pytest.raises(RuntimeError, match="got no Triton kernels for"):
-        kernels.sums(x.to(torch.float8_e5m2), (4, 4, 4), 3)
+        kernels.sums(x.to(torch.float8_e5m2), None, (4, 4, 4), 3)
 
 
 @pytest.fixture
@@ -617,7 +619,7 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(compiled_kernels):
     x = torch.zeros(3, 2)
     assert kernels.unavailable(x) == "no Triton kernels for device cpu"
     with pytest.raises(RuntimeError, match="impl='triton' must be able to serve the input, got no"):
-        kernels.sums(x, (1, 1, 1), 3)
+        kernels.sums(x, None, (1, 1, 1), 3)
 
 
 @pytest.mark.parametrize(
@@ -865,18 +867,20 @@ def test_tensors_beyond_2_to_the_31_elements_are_taken(last):
     )
     affine, splits = affine_of(64, num_splits=2), (2, 3)
     owner = [(1, 0), (1, 0), (0, 1), (0, 1), (0, 1)]
-    packed = kernels.sums(x, splits, 2)
+    weights, _, eps = affine
+    packed = kernels.sums(x, None, splits, 2)
     moments = kernels.moments(packed)
-    parts = [aten.sums(x[i : i + 1], owner[i], 2) for i in range(5)]
+    parts = [aten.sums(x[i : i + 1], None, owner[i], 2) for i in range(5)]
     assert_near(packed, sum(parts), 1e-6)
-    sums = kernels.grad_sums(dy, x, splits, moments, affine)
+    sums = kernels.grad_sums(dy, x, None, splits, moments, eps)
     parts = [
-        aten.grad_sums(dy[i : i + 1], x[i : i + 1], owner[i], moments, affine) for i in range(5)
+        aten.grad_sums(dy[i : i + 1], x[i : i + 1], None, owner[i], moments, eps) for i in range(5)
     ]
     assert_near(sums, sum(parts), 1e-4)
     for i in (0, 4):
         row = slice(i, i + 1)
-        y = kernels.normalize(x, splits, moments, affine)[row]
-        assert_near(y, aten.normalize(x[row], owner[i], moments, affine))
-        dx = kernels.grad_input(dy, x, splits, moments, affine, sums)[row]
-        assert_near(dx, aten.grad_input(dy[row], x[row], owner[i], moments, affine, sums))
+        y = kernels.normalize(x, None, splits, moments, *affine)[row]
+        assert_near(y, aten.normalize(x[row], None, owner[i], moments, *affine))
+        dx = kernels.grad_input(dy, x, None, splits, moments, weights, eps, sums)[row]
+        expected = aten.grad_input(dy[row], x[row], None, owner[i], moments, weights, eps, sums)
+        assert_near(dx, expected)

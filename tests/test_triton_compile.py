@@ -15,7 +15,7 @@ import sysconfig
 import pytest
 import torch
 
-from sync_splitbn._moments import Affine, Moments, RunningStats, accumulation_dtype
+from sync_splitbn._moments import accumulation_dtype
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip(
@@ -61,22 +61,22 @@ def no_device(monkeypatch, tmp_path_factory):
 
 def train(x, splits, num_splits):
     """Call all that a kernel module offers, as a layer does on several ranks and on one."""
+    rows = (splits, None) if isinstance(splits, torch.Tensor) else (None, splits)
     features, wide = x.shape[1], accumulation_dtype(x.dtype)
     weights, biases = (
         [torch.ones(features, dtype=wide) for _ in range(num_splits)] for _ in range(2)
     )
-    affine, backward = Affine(weights, biases, 1e-5), Affine(weights, None, 1e-5)
-    moments = kernels.moments(kernels.sums(x, splits, num_splits))
-    kernels.normalize(x, splits, moments, affine)
-    sums = kernels.grad_sums(x, x, splits, moments, backward)
-    kernels.grad_input(x, x, splits, moments, backward, sums)
-    kernels.normalize_batch(x, splits, num_splits, affine)
-    kernels.grad_batch(x, x, splits, moments, backward)
+    moments = kernels.moments(kernels.sums(x, *rows, num_splits))
+    kernels.normalize(x, *rows, moments, weights, biases, 1e-5)
+    sums = kernels.grad_sums(x, x, *rows, moments, 1e-5)
+    kernels.grad_input(x, x, *rows, moments, weights, 1e-5, sums)
+    kernels.normalize_batch(x, *rows, num_splits, weights, biases, 1e-5)
+    kernels.grad_batch(x, x, *rows, moments, weights, 1e-5)
     statistics = [torch.ones(features) for _ in range(2 * num_splits)]
     counters = [torch.tensor(0) for _ in range(num_splits)]
     halves = statistics[:num_splits], statistics[num_splits:]
     for momentum in (0.1, None):
-        kernels.update_running_stats(RunningStats(*halves, counters, momentum), moments)
+        kernels.update_running_stats(*halves, counters, momentum, moments)
 
 
 @pytest.fixture
@@ -283,11 +283,11 @@ def test_launches_are_compiled_once_for_any_number_of_rows(launched, layout):
 def test_launches_on_one_rank_are_three_forward_three_backward_and_one_update(launched):
     launched, _ = launched
     x = batch(12, torch.contiguous_format)
-    affine = Affine([torch.ones(24) for _ in range(3)], None, 1e-5)
-    _, moments = kernels.normalize_batch(x, (4, 4, 4), 3, affine)
-    kernels.grad_batch(x, x, (4, 4, 4), moments, affine)
+    weights = [torch.ones(24) for _ in range(3)]
+    _, moments = kernels.normalize_batch(x, None, (4, 4, 4), 3, weights, [], 1e-5)
+    kernels.grad_batch(x, x, None, (4, 4, 4), moments, weights, 1e-5)
     means, variances = torch.zeros(3, 24), torch.ones(3, 24)
-    kernels.update_running_stats(RunningStats([*means], [*variances], (), 0.1), moments)
+    kernels.update_running_stats([*means], [*variances], [], 0.1, moments)
     order = ["sums_kernel", "total_kernel", "apply_kernel"]
     assert [name for name, _ in launched] == [*order, *order, "running_kernel"]
 
@@ -296,10 +296,10 @@ def test_launches_on_one_rank_are_three_forward_three_backward_and_one_update(la
 def test_launches_take_any_momentum_and_do_not_compile_for_it(launched, momentum):
     _, compiled = launched
     statistics = [torch.zeros(5) for _ in range(4)]
-    moments = Moments(torch.zeros(2, 11, dtype=torch.float64))
+    moments = torch.zeros(2, 11, dtype=torch.float64)
     for number in (momentum, momentum and momentum / 3):
-        running = RunningStats(statistics[:2], statistics[2:], [torch.tensor(1)] * 2, number)
-        kernels.update_running_stats(running, moments)
+        state = statistics[:2], statistics[2:], [torch.tensor(1)] * 2
+        kernels.update_running_stats(*state, number, moments)
     assert compiled == ["running_kernel"]
 
 

@@ -2,20 +2,21 @@
 
 N rows, S splits, C features. Each kernel module (`aten`, `cpu`, `triton`) offers the functions of
 `Kernels`, and `unavailable(x)`, which returns why it cannot compute with tensors like x, or None.
-The compiled ones are called through `operators`. Arguments and results are:
+The compiled ones are called through `operators`, which have the same signatures. Arguments and
+results are:
 
-    x, dy, y, dx   [N, C, ...], any floating type and layout; y and dx are like x
-    splits         `_moments.Splits`: the sizes of S contiguous sub-batches, or the split of each
-                   row as int64 [N]
-    sums of x      float64 [S, 2C + 1], each row [sum of x | sum of x^2 | count]; they add over
-                   ranks
-    moments        `_moments.Moments` of float64 [S, 2C + 1], each row [mean | biased variance |
-                   count]; mean and variance are 0 where a split is empty
-    affine         eps, and S weights and S biases, [C] each, in the accumulation type (float32, or
-                   float64 for float64 input), or None
-    sums of dy     accumulation type [S, 2C], each row [sum of dy | sum of dy * xhat] with
-                   xhat = (x - mean) / sqrt(var + eps); they add over ranks, and the local ones are
-                   the gradients of the local biases and weights
+    x, dy, y, dx      [N, C, ...], any floating type and layout; y and dx are like x
+    index, sizes      the split of each row, int64 [N], or the sizes of S contiguous sub-batches;
+                      the other one is None
+    sums of x         float64 [S, 2C + 1], each row [sum of x | sum of x^2 | count]; they add over
+                      ranks
+    moments           float64 [S, 2C + 1], each row [mean | biased variance | count]; mean and
+                      variance are 0 where a split is empty; see `_moments.Moments`
+    weights, biases   S tensors [C] in the accumulation type (float32, or float64 for float64
+                      input), or none
+    sums of dy        accumulation type [S, 2C], each row [sum of dy | sum of dy * xhat] with
+                      xhat = (x - mean) / sqrt(var + eps); they add over ranks, and the local ones
+                      are the gradients of the local biases and weights
 """
 
 import functools
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .._moments import Affine, Moments, RunningStats, Splits, accumulation_dtype
+from .._moments import Index, Sizes, Tensors, accumulation_dtype
 from . import aten, cpu, operators
 
 operators.register(cpu, "CPU")
@@ -37,40 +38,82 @@ operators.register(cpu, "CPU")
 class Kernels(Protocol):
     """What a kernel module offers."""
 
-    def sums(self, x: Tensor, splits: Splits, num_splits: int) -> Tensor:
+    def sums(self, x: Tensor, index: Index, sizes: Sizes, num_splits: int) -> Tensor:
         """Return the local sums of x."""
 
-    def moments(self, sums: Tensor) -> Moments:
+    def moments(self, sums: Tensor) -> Tensor:
         """Return the moments that follow from sums of x."""
 
-    def normalize(self, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
+    def normalize(
+        self,
+        x: Tensor,
+        index: Index,
+        sizes: Sizes,
+        moments: Tensor,
+        weights: Tensors,
+        biases: Tensors,
+        eps: float,
+    ) -> Tensor:
         """Return y = xhat * weight + bias."""
 
     def grad_sums(
-        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+        self, dy: Tensor, x: Tensor, index: Index, sizes: Sizes, moments: Tensor, eps: float
     ) -> Tensor:
         """Return the local sums of dy."""
 
     def grad_input(
-        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        index: Index,
+        sizes: Sizes,
+        moments: Tensor,
+        weights: Tensors,
+        eps: float,
+        sums: Tensor,
     ) -> Tensor:
         """Return dx from the sums of dy over all ranks."""
 
     def normalize_batch(
-        self, x: Tensor, splits: Splits, num_splits: int, affine: Affine
-    ) -> tuple[Tensor, Moments]:
+        self,
+        x: Tensor,
+        index: Index,
+        sizes: Sizes,
+        num_splits: int,
+        weights: Tensors,
+        biases: Tensors,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
         """Return y by the moments of the local x alone, and these: for a rank without others.
 
         The variance of float64 is taken about the mean, so that no digit is lost.
         """
 
     def grad_batch(
-        self, dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+        self,
+        dy: Tensor,
+        x: Tensor,
+        index: Index,
+        sizes: Sizes,
+        moments: Tensor,
+        weights: Tensors,
+        eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Return dx by the local sums of dy alone, and these: for a rank without others."""
 
-    def update_running_stats(self, running: RunningStats, moments: Moments) -> None:
-        """Update in place; an empty split updates nothing, a single element no variance."""
+    def update_running_stats(
+        self,
+        means: Tensors,
+        vars: Tensors,
+        counters: Tensors,
+        momentum: float | None,
+        moments: Tensor,
+    ) -> None:
+        """Update in place S means and variances [C] and S counters [], or none.
+
+        An empty split updates nothing, a single element no variance. A momentum of None averages
+        all counted updates evenly.
+        """
 
 
 def choose(impl: str | None, x: Tensor) -> Kernels:
@@ -155,17 +198,18 @@ def _compare_triton(x: Tensor) -> str | None:
 @torch.no_grad()
 def _agree(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether kernels give what ATen's give, on a small batch in both layouts."""
-    wide = accumulation_dtype(dtype)
     wave = torch.arange(2 * 6 * 17 * 5 * 5, device=device, dtype=torch.float64).sin()
     both = (wave.view(2, 6, 17, 5, 5) + 1).to(dtype)
-    weights = list(wave[:51].view(3, 17).to(wide))
-    affine, splits = Affine(weights, weights, 1e-5), (1, 3, 2)
-    index = torch.arange(6, device=device) % 3
+    weights = list(wave[:51].view(3, 17).to(accumulation_dtype(dtype)))
+    index, sizes = torch.arange(6, device=device) % 3, (1, 3, 2)
     agreed = True
-    for split, layout in ((splits, torch.contiguous_format), (index, torch.channels_last)):
+    for rows, layout in (
+        ((None, sizes), torch.contiguous_format),
+        ((index, None), torch.channels_last),
+    ):
         x, dy = (t.contiguous(memory_format=layout) for t in both)
-        found = _run_all(kernels, dy, x, split, affine)
-        expected = _run_all(cast(Kernels, aten), dy, x, split, affine)
+        found = _run_all(kernels, dy, x, rows, weights)
+        expected = _run_all(cast(Kernels, aten), dy, x, rows, weights)
         for a, b in zip(found, expected, strict=True):
             tolerance = 1e-4 if a.dtype.itemsize >= 4 else 4 * torch.finfo(a.dtype).eps
             agreed &= torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
@@ -173,19 +217,19 @@ def _agree(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _run_all(
-    kernels: Kernels, dy: Tensor, x: Tensor, splits: Splits, affine: Affine
+    kernels: Kernels, dy: Tensor, x: Tensor, rows: tuple[Index, Sizes], weights: Tensors
 ) -> list[Tensor]:
     """Return what each kernel makes of one batch."""
-    sums = kernels.sums(x, splits, 3)
+    eps = 1e-5
+    sums = kernels.sums(x, *rows, 3)
     moments = kernels.moments(sums)
-    grad_sums = kernels.grad_sums(dy, x, splits, moments, affine)
+    grad_sums = kernels.grad_sums(dy, x, *rows, moments, eps)
     means, variances = sums.new_zeros(3, x.shape[1]), sums.new_ones(3, x.shape[1])
     counters = torch.zeros(3, dtype=torch.int64, device=x.device)
-    running = RunningStats([*means], [*variances], [*counters], 0.1)
-    kernels.update_running_stats(running, moments)
-    y = kernels.normalize(x, splits, moments, affine)
-    dx = kernels.grad_input(dy, x, splits, moments, affine, grad_sums)
-    y_batch, moments_batch = kernels.normalize_batch(x, splits, 3, affine)
-    of_all = [sums, moments.values, y, grad_sums, dx, means, variances, counters]
-    of_batch = [y_batch, moments_batch.values, *kernels.grad_batch(dy, x, splits, moments, affine)]
-    return of_all + of_batch
+    kernels.update_running_stats([*means], [*variances], [*counters], 0.1, moments)
+    y = kernels.normalize(x, *rows, moments, weights, weights, eps)
+    dx = kernels.grad_input(dy, x, *rows, moments, weights, eps, grad_sums)
+    of_batch = kernels.normalize_batch(x, *rows, 3, weights, weights, eps)
+    gradients = kernels.grad_batch(dy, x, *rows, moments, weights, eps)
+    updated = means, variances, counters
+    return [sums, moments, y, grad_sums, dx, *updated, *of_batch, *gradients]

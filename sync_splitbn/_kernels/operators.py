@@ -6,179 +6,52 @@ do not differentiate: `_autograd` calls them below autograd.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .._moments import (
-    Affine,
-    Moments,
-    RunningStats,
-    Splits,
-    as_dense,
-    empty_grad_sums,
-    empty_sums,
-)
+from .._moments import as_dense, empty_grad_sums, empty_sums
+
+_library = torch.library.Library("sync_splitbn", "DEF")
+
+
+def _define(schema: str) -> Any:
+    """Define an operator, and return it."""
+    _library.define(schema)
+    return getattr(torch.ops.sync_splitbn, schema.partition("(")[0]).default
+
 
 _ROWS = "Tensor x, Tensor? index, SymInt[]? sizes"
-# Lists that are empty for None: the dispatcher does not look into a "Tensor[]?".
+# Lists are empty for None: the dispatcher does not look into a "Tensor[]?".
 _AFFINE = "Tensor[] weights, Tensor[] biases, float eps"
-_SCHEMAS = (
-    f"sums({_ROWS}, int num_splits) -> Tensor",
-    "moments(Tensor sums) -> Tensor",
-    f"normalize({_ROWS}, Tensor moments, {_AFFINE}) -> Tensor",
-    f"normalize_batch({_ROWS}, int num_splits, {_AFFINE}) -> (Tensor, Tensor)",
-    f"grad_sums(Tensor dy, {_ROWS}, Tensor moments, float eps) -> Tensor",
-    f"grad_input(Tensor dy, {_ROWS}, Tensor moments, Tensor[] weights, float eps, Tensor sums) "
-    "-> Tensor",
-    f"grad_batch(Tensor dy, {_ROWS}, Tensor moments, Tensor[] weights, float eps) "
-    "-> (Tensor, Tensor)",
+_GRADIENT = f"Tensor dy, {_ROWS}, Tensor moments, Tensor[] weights, float eps"
+sums = _define(f"sums({_ROWS}, int num_splits) -> Tensor")
+moments = _define("moments(Tensor sums) -> Tensor")
+normalize = _define(f"normalize({_ROWS}, Tensor moments, {_AFFINE}) -> Tensor")
+normalize_batch = _define(
+    f"normalize_batch({_ROWS}, int num_splits, {_AFFINE}) -> (Tensor, Tensor)"
+)
+grad_sums = _define(f"grad_sums(Tensor dy, {_ROWS}, Tensor moments, float eps) -> Tensor")
+grad_input = _define(f"grad_input({_GRADIENT}, Tensor sums) -> Tensor")
+grad_batch = _define(f"grad_batch({_GRADIENT}) -> (Tensor, Tensor)")
+update_running_stats = _define(
     "update_running_stats(Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counters, "
-    "float? momentum, Tensor moments) -> ()",
-)
-_library = torch.library.Library("sync_splitbn", "DEF")
-for _schema in _SCHEMAS:
-    _library.define(_schema)
-_SUMS, _MOMENTS, _NORMALIZE, _NORMALIZE_BATCH, _GRAD_SUMS, _GRAD_INPUT, _GRAD_BATCH, _UPDATE = (
-    getattr(torch.ops.sync_splitbn, _schema.partition("(")[0]).default for _schema in _SCHEMAS
+    "float? momentum, Tensor moments) -> ()"
 )
 
 
-def sums(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
-    """Return the local [sum of x | sum of x^2 | count], [S, 2C + 1], float64."""
-    result: Tensor = _SUMS(x, *_flat(splits), num_splits)
-    return result
-
-
-def moments(sums: Tensor) -> Moments:
-    """Return the moments that follow from the sums of x."""
-    return Moments(_MOMENTS(sums))
-
-
-def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
-    """Return `xhat * weight + bias`, like `x`."""
-    weights, biases, eps = affine
-    result: Tensor = _NORMALIZE(x, *_flat(splits), moments.values, weights or (), biases or (), eps)
-    return result
-
-
-def normalize_batch(
-    x: Tensor, splits: Splits, num_splits: int, affine: Affine
-) -> tuple[Tensor, Moments]:
-    """Return y by the moments of `x` itself, and these."""
-    weights, biases, eps = affine
-    y, values = _NORMALIZE_BATCH(x, *_flat(splits), num_splits, weights or (), biases or (), eps)
-    return y, Moments(values)
-
-
-def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
-    """Return the local [sum of dy | sum of dy * xhat], [S, 2C], accumulation type."""
-    result: Tensor = _GRAD_SUMS(dy, x, *_flat(splits), moments.values, affine.eps)
-    return result
-
-
-def grad_input(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
-) -> Tensor:
-    """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    weights, _, eps = affine
-    result: Tensor = _GRAD_INPUT(dy, x, *_flat(splits), moments.values, weights or (), eps, sums)
-    return result
-
-
-def grad_batch(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of `x` by the sums of `dy` itself, and these."""
-    weights, _, eps = affine
-    dx, sums = _GRAD_BATCH(dy, x, *_flat(splits), moments.values, weights or (), eps)
-    return dx, sums
-
-
-def update_running_stats(running: RunningStats, moments: Moments) -> None:
-    """Update running statistics and counters in place."""
-    _UPDATE(*running, moments.values)
-
-
-def register(kernels: Any, device: str) -> None:
+def register(kernels: ModuleType, device: str) -> None:
     """Have a kernel module compute the operators for tensors of a device, "CPU" or "CUDA"."""
-
-    def sums(x: Tensor, index: Any, sizes: Any, num_splits: int) -> Any:
-        return kernels.sums(x, index if sizes is None else sizes, num_splits)
-
-    def moments(sums: Tensor) -> Any:
-        return kernels.moments(sums).values
-
-    def normalize(
-        x: Tensor, index: Any, sizes: Any, moments: Tensor, weights: Any, biases: Any, eps: float
-    ) -> Any:
-        splits = index if sizes is None else sizes
-        return kernels.normalize(x, splits, Moments(moments), _affine(weights, biases, eps))
-
-    def normalize_batch(
-        x: Tensor, index: Any, sizes: Any, num_splits: int, weights: Any, biases: Any, eps: float
-    ) -> Any:
-        splits = index if sizes is None else sizes
-        y, found = kernels.normalize_batch(x, splits, num_splits, _affine(weights, biases, eps))
-        return y, found.values
-
-    def grad_sums(
-        dy: Tensor, x: Tensor, index: Any, sizes: Any, moments: Tensor, eps: float
-    ) -> Any:
-        splits = index if sizes is None else sizes
-        return kernels.grad_sums(dy, x, splits, Moments(moments), Affine(None, None, eps))
-
-    def grad_input(
-        dy: Tensor,
-        x: Tensor,
-        index: Any,
-        sizes: Any,
-        moments: Tensor,
-        weights: Any,
-        eps: float,
-        sums: Tensor,
-    ) -> Any:
-        splits, affine = index if sizes is None else sizes, _affine(weights, (), eps)
-        return kernels.grad_input(dy, x, splits, Moments(moments), affine, sums)
-
-    def grad_batch(
-        dy: Tensor, x: Tensor, index: Any, sizes: Any, moments: Tensor, weights: Any, eps: float
-    ) -> Any:
-        splits = index if sizes is None else sizes
-        return kernels.grad_batch(dy, x, splits, Moments(moments), _affine(weights, (), eps))
-
-    def update_running_stats(
-        means: Any, variances: Any, counters: Any, momentum: float | None, moments: Tensor
-    ) -> None:
-        running = RunningStats(means, variances, counters, momentum)
-        kernels.update_running_stats(running, Moments(moments))
-        # Whoever saved one of them for a backward pass must learn of it.
-        changed = (*means, *variances, *counters)
-        torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
-
-    for implementation in (
-        sums,
-        moments,
-        normalize,
-        normalize_batch,
-        grad_sums,
-        grad_input,
-        grad_batch,
-        update_running_stats,
-    ):
-        _library.impl(implementation.__name__, implementation, device)
+    for operator in _EMPTY_RESULTS:
+        _library.impl(operator, getattr(kernels, _name(operator)), device)
 
 
-def _flat(splits: Splits) -> tuple[Tensor | None, tuple[int, ...] | None]:
-    """Return the splits as an operator takes them: an index or sizes."""
-    return (splits, None) if isinstance(splits, Tensor) else (None, splits)
-
-
-def _affine(weights: Any, biases: Any, eps: float) -> Affine:
-    """Return the map as kernels take it."""
-    return Affine(weights or None, biases or None, eps)
+def _name(operator: Any) -> str:
+    name: str = operator._schema.name
+    return name.partition("::")[2]
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -187,20 +60,20 @@ def _empty_like(x: Tensor) -> Tensor:
 
 # What the operators return, without its values.
 _EMPTY_RESULTS: dict[Any, Callable[..., Any]] = {
-    _SUMS: lambda x, index, sizes, num_splits: empty_sums(x, num_splits),
-    _MOMENTS: torch.empty_like,
-    _NORMALIZE: lambda x, *rest: _empty_like(x),
-    _NORMALIZE_BATCH: lambda x, index, sizes, num_splits, *affine: (
+    sums: lambda x, index, sizes, num_splits: empty_sums(x, num_splits),
+    moments: torch.empty_like,
+    normalize: lambda x, *rest: _empty_like(x),
+    normalize_batch: lambda x, index, sizes, num_splits, *affine: (
         _empty_like(x),
         empty_sums(x, num_splits),
     ),
-    _GRAD_SUMS: lambda dy, x, index, sizes, moments, *rest: empty_grad_sums(x, moments.shape[0]),
-    _GRAD_INPUT: lambda dy, x, *rest: _empty_like(x),
-    _GRAD_BATCH: lambda dy, x, index, sizes, moments, *rest: (
+    grad_sums: lambda dy, x, index, sizes, moments, *rest: empty_grad_sums(x, moments.shape[0]),
+    grad_input: lambda dy, x, *rest: _empty_like(x),
+    grad_batch: lambda dy, x, index, sizes, moments, *rest: (
         _empty_like(x),
         empty_grad_sums(x, moments.shape[0]),
     ),
-    _UPDATE: lambda *arguments: None,
+    update_running_stats: lambda *arguments: None,
 }
 
 
@@ -265,11 +138,9 @@ def _one_by_one_in_autograd(operator: Any) -> Callable[..., Any]:
 
 
 for _operator, _empty_result in _EMPTY_RESULTS.items():
-    _name = _operator._schema.name.partition("::")[2]
-    _library.impl(_name, _on_meta(_empty_result), "Meta")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    if _operator is not _UPDATE:
+    _library.impl(_operator, _on_meta(_empty_result), "Meta")
+    _library.impl(_operator, torch.library.fallthrough_kernel, "Autograd")
+    if _operator is not update_running_stats:
         torch.library.register_vmap(_operator, _one_by_one(_operator), lib=_library)
-for _operator in (_GRAD_SUMS, _GRAD_INPUT, _GRAD_BATCH):
-    _name = _operator._schema.name.partition("::")[2]
-    _library.impl(_name, _one_by_one_in_autograd(_operator), "Batched")
+for _operator in (grad_sums, grad_input, grad_batch):
+    _library.impl(_operator, _one_by_one_in_autograd(_operator), "Batched")

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._moments import (
-    Affine,
-    Moments,
-    RunningStats,
-    Splits,
+    Index,
+    Sizes,
+    Tensors,
     accumulation_dtype,
     as_dense,
     check_tensors,
+    increment_versions,
 )
 from . import triton_jit as jit
 
@@ -61,81 +60,109 @@ def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def sums(x: Tensor, splits: Splits, num_splits: int) -> Tensor:
+def sums(x: Tensor, index: Index, sizes: Sizes, num_splits: int) -> Tensor:
     """Return the local [sum of x | sum of x^2 | count], [S, 2C + 1], float64."""
-    return _sum(_prepare(x, None, splits, num_splits), None, 0.0)
+    return _sum(_prepare(x, None, index, sizes, num_splits), None, 0.0)
 
 
-def moments(sums: Tensor) -> Moments:
+def moments(sums: Tensor) -> Tensor:
     """Return the moments that follow from the sums of x."""
     sums = sums.contiguous()
-    values, features = torch.empty_like(sums), sums.shape[1] // 2
-    block = min(256, triton.next_power_of_2(features))
-    grid = len(sums) * triton.cdiv(features, block)
-    _launch(jit.moments_kernel, grid, sums, values, features, block)
-    return Moments(values)
+    out, (num_splits, width) = torch.empty_like(sums), sums.shape
+    block, blocks = _blocks(width // 2, 256)
+    _launch(jit.moments_kernel, num_splits * blocks, sums, out, width // 2, block)
+    return out
 
 
-def normalize(x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
+def normalize(
+    x: Tensor,
+    index: Index,
+    sizes: Sizes,
+    moments: Tensor,
+    weights: Tensors,
+    biases: Tensors,
+    eps: float,
+) -> Tensor:
     """Return `xhat * weight + bias`, like `x`."""
-    batch = _prepare(x, None, splits, len(moments.values))
-    return _apply(batch, _values(moments, x), affine, None)
+    batch = _prepare(x, None, index, sizes, moments.shape[0])
+    return _apply(batch, _checked(moments, x), weights, biases, eps, None)
 
 
-def grad_sums(dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine) -> Tensor:
+def grad_sums(
+    dy: Tensor, x: Tensor, index: Index, sizes: Sizes, moments: Tensor, eps: float
+) -> Tensor:
     """Return the local [sum of dy | sum of dy * xhat], [S, 2C], accumulation type."""
-    batch = _prepare(x, dy, splits, len(moments.values))
-    return _sum(batch, _values(moments, x), affine.eps)
+    batch = _prepare(x, dy, index, sizes, moments.shape[0])
+    return _sum(batch, _checked(moments, x), eps)
 
 
 def grad_input(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine, sums: Tensor
+    dy: Tensor,
+    x: Tensor,
+    index: Index,
+    sizes: Sizes,
+    moments: Tensor,
+    weights: Tensors,
+    eps: float,
+    sums: Tensor,
 ) -> Tensor:
     """Return the gradient of `x` from the global `sums` of `grad_sums`, like `x`."""
-    _check("sums", sums, (len(moments.values), 2 * x.shape[1]), x)
-    batch = _prepare(x, dy, splits, len(moments.values))
-    return _apply(batch, _values(moments, x), affine, sums.contiguous())
+    _check("sums", sums, (moments.shape[0], 2 * x.shape[1]), x)
+    batch = _prepare(x, dy, index, sizes, moments.shape[0])
+    return _apply(batch, _checked(moments, x), weights, (), eps, sums.contiguous())
 
 
 def normalize_batch(
-    x: Tensor, splits: Splits, num_splits: int, affine: Affine
-) -> tuple[Tensor, Moments]:
+    x: Tensor,
+    index: Index,
+    sizes: Sizes,
+    num_splits: int,
+    weights: Tensors,
+    biases: Tensors,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """Return y by the moments of `x` itself, and these."""
-    batch = _prepare(x, None, splits, num_splits)
-    values = _sum(batch, None, 0.0, as_moments=True)
-    return _apply(batch, values, affine, None), Moments(values)
+    batch = _prepare(x, None, index, sizes, num_splits)
+    moments = _sum(batch, None, 0.0, as_moments=True)
+    return _apply(batch, moments, weights, biases, eps, None), moments
 
 
 def grad_batch(
-    dy: Tensor, x: Tensor, splits: Splits, moments: Moments, affine: Affine
+    dy: Tensor,
+    x: Tensor,
+    index: Index,
+    sizes: Sizes,
+    moments: Tensor,
+    weights: Tensors,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of `x` by the sums of `dy` itself, and these."""
-    batch, values = _prepare(x, dy, splits, len(moments.values)), _values(moments, x)
-    local = _sum(batch, values, affine.eps)
-    return _apply(batch, values, affine, local), local
+    batch, moments = _prepare(x, dy, index, sizes, moments.shape[0]), _checked(moments, x)
+    local = _sum(batch, moments, eps)
+    return _apply(batch, moments, weights, (), eps, local), local
 
 
-def update_running_stats(running: RunningStats, moments: Moments) -> None:
+def update_running_stats(
+    means: Tensors, vars: Tensors, counters: Tensors, momentum: float | None, moments: Tensor
+) -> None:
     """Update running statistics and counters in place, in one launch for each 16 splits."""
-    values = moments.values.contiguous()
-    num_splits, features = len(values), values.shape[1] // 2
-    means = _uniform("running_mean", running.means, num_splits, (features,), values)
-    variances = _uniform("running_var", running.vars, num_splits, (features,), values)
-    counters: tuple[Tensor, ...] = ()
-    if running.counters:
-        counters = _uniform("num_batches_tracked", running.counters, num_splits, (), values)
-    is_average = running.momentum is None
-    step = 0.0 if is_average else float(running.momentum)
-    block = min(512, triton.next_power_of_2(features))
+    given, moments = (*means, *vars, *counters), moments.contiguous()
+    num_splits, features = moments.shape[0], moments.shape[1] // 2
+    means = _uniform("running_mean", means, num_splits, (features,), moments)
+    variances = _uniform("running_var", vars, num_splits, (features,), moments)
+    if counters:
+        counters = _uniform("num_batches_tracked", counters, num_splits, (), moments)
+    step = 0.0 if momentum is None else float(momentum)
+    block, _ = _blocks(features, 512)
     for i in range(0, num_splits, MAX_POINTERS):
         chunk = slice(i, i + MAX_POINTERS)
-        pointers = means[chunk], variances[chunk], counters[chunk] or None
-        arguments = *pointers, features, step, is_average, block
-        _launch(jit.running_kernel, len(means[chunk]), values[chunk], *arguments)
-    given = *running.means, *running.vars, *running.counters
+        pointers = means[chunk], variances[chunk], tuple(counters[chunk]) or None
+        arguments = *pointers, features, step, momentum is None, block
+        _launch(jit.running_kernel, len(means[chunk]), moments[chunk], *arguments)
     for tensor, written in zip(given, (*means, *variances, *counters), strict=True):
         if tensor is not written:
             tensor.copy_(written)
+    increment_versions(given)
 
 
 class Batch(NamedTuple):
@@ -151,7 +178,7 @@ class Batch(NamedTuple):
     channels_last: bool
 
 
-def _prepare(x: Tensor, dy: Tensor | None, splits: Splits, num_splits: int) -> Batch:
+def _prepare(x: Tensor, dy: Tensor | None, index: Index, sizes: Sizes, num_splits: int) -> Batch:
     """Return a batch as the kernels read it, or raise."""
     reason = unavailable(x)
     if reason is not None:
@@ -162,25 +189,24 @@ def _prepare(x: Tensor, dy: Tensor | None, splits: Splits, num_splits: int) -> B
     if dy is not None:
         _check("dy", dy, x.shape, x)
         dy = (dy.movedim(1, -1) if channels_last else dy).contiguous()
-    order = bounds = sizes = None
-    if isinstance(splits, Tensor):
-        _check("index", splits, shape[:1], x)
-        ids, order = splits.sort(stable=True)
+    order = bounds = None
+    if index is not None:
+        _check("index", index, shape[:1], x)
+        ids, order = index.sort(stable=True)
         bounds = torch.searchsorted(ids, torch.arange(num_splits + 1, device=x.device))
-    elif len(splits) != num_splits or sum(splits) != shape[0] or min(splits) < 0:
+    elif len(sizes) != num_splits or sum(sizes) != shape[0] or min(sizes) < 0:
         raise ValueError(
-            f"sizes must be those of {num_splits} splits and sum to {shape[0]}, got {splits}"
+            f"sizes must be those of {num_splits} splits and sum to {shape[0]}, got {sizes}"
         )
-    elif num_splits <= MAX_SIZES or len(set(splits)) == 1:
-        sizes = splits
-    else:
+    elif num_splits > MAX_SIZES and len(set(sizes)) > 1:
         # Fills read no memory of the host, as copies of a captured graph would at each replay.
-        ends = (0, *itertools.accumulate(splits))
+        ends = (0, *itertools.accumulate(sizes))
         bounds = torch.stack([torch.full((), end, device=x.device) for end in ends])
-    return Batch(x, dy, order, bounds, shape, sizes, num_splits, channels_last)
+    host_sizes = tuple(sizes) if bounds is None else None
+    return Batch(x, dy, order, bounds, shape, host_sizes, num_splits, channels_last)
 
 
-def _sum(batch: Batch, values: Tensor | None, eps: float, as_moments: bool = False) -> Tensor:
+def _sum(batch: Batch, moments: Tensor | None, eps: float, as_moments: bool = False) -> Tensor:
     """Return the sums of dy, or without one, the sums of x or its moments."""
     x, dy, order, bounds, (_, features, _), *_ = batch
     loads, stages = (2, 3) if dy is None else (1, 4)
@@ -190,28 +216,35 @@ def _sum(batch: Batch, values: Tensor | None, eps: float, as_moments: bool = Fal
     shape = batch.num_splits, 2 * features + (dy is None)
     dtype = torch.float64 if dy is None else accumulation_dtype(x.dtype)
     out = x.new_empty(shape, dtype=dtype)
-    inputs = x, dy, order, values, partials, eps
+    inputs = x, dy, order, moments, partials, eps
     _launch(jit.sums_kernel, programs * blocks, *inputs, schedule, bounds, config)
-    grid = batch.num_splits * triton.cdiv(features, 16)
+    _, blocks = _blocks(features, 16)
     options = schedule, bounds, dy is not None, as_moments, config
-    _launch(jit.total_kernel, grid, partials, out, *options)
+    _launch(jit.total_kernel, batch.num_splits * blocks, partials, out, *options)
     return out
 
 
-def _apply(batch: Batch, values: Tensor, affine: Affine, sums: Tensor | None) -> Tensor:
+def _apply(
+    batch: Batch,
+    moments: Tensor,
+    weights: Tensors,
+    biases: Tensors,
+    eps: float,
+    sums: Tensor | None,
+) -> Tensor:
     """Return y, or dx if there are `sums`."""
     x, dy, order, bounds, (_, features, _), *_ = batch
     parameters = []
-    for name, tensors in (("weight", affine.weights), ("bias", affine.biases)):
-        if tensors is not None:
+    for name, tensors in (("weight", weights), ("bias", biases)):
+        if tensors:
             tensors = _uniform(name, tensors, batch.num_splits, (features,), x)
             if batch.num_splits > MAX_POINTERS:
                 tensors = (torch.stack(tensors),)
-        parameters.append(tensors)
+        parameters.append(tensors or None)
     loads, stages = (4, 1) if dy is None else (2, 1)
     (programs, blocks), schedule, config = _plan_batch(batch, loads, stages)
     out = torch.empty_like(x)
-    inputs = x, dy, out, order, values, *parameters, sums, affine.eps
+    inputs = x, dy, out, order, moments, *parameters, sums, eps
     _launch(jit.apply_kernel, programs * blocks, *inputs, schedule, bounds, config)
     return out
 
@@ -308,6 +341,13 @@ def _plan(
     return (programs, blocks), _encode(*head, num_splits, each, *ends), config
 
 
+@functools.lru_cache(maxsize=1024)
+def _blocks(features: int, widest: int) -> tuple[int, int]:
+    """Return the width of a block of features, a power of two, and the number of blocks."""
+    width = min(widest, triton.next_power_of_2(max(1, features)))
+    return width, triton.cdiv(features, width)
+
+
 def _encode(*numbers: int) -> tuple[int, ...]:
     """Return neither 1 nor multiples of 16, for which Triton would compile anew in a tuple."""
     return tuple(2 * number + 3 for number in numbers)
@@ -330,16 +370,16 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None
         )
 
 
-def _values(moments: Moments, x: Tensor) -> Tensor:
-    """Return the values of moments as the kernels read them, or raise."""
-    _check("moments", moments.values, (len(moments.values), 2 * x.shape[1] + 1), x)
-    if moments.values.dtype != torch.float64:
-        raise TypeError(f"moments must be float64, got {moments.values.dtype}")
-    return moments.values.contiguous()
+def _checked(moments: Tensor, x: Tensor) -> Tensor:
+    """Return moments as the kernels read them, or raise."""
+    _check("moments", moments, (moments.shape[0], 2 * x.shape[1] + 1), x)
+    if moments.dtype != torch.float64:
+        raise TypeError(f"moments must be float64, got {moments.dtype}")
+    return moments.contiguous()
 
 
 def _uniform(
-    name: str, tensors: Sequence[Tensor], num_splits: int, shape: tuple[int, ...], x: Tensor
+    name: str, tensors: Tensors, num_splits: int, shape: tuple[int, ...], x: Tensor
 ) -> tuple[Tensor, ...]:
     """Return contiguous tensors of one type, themselves where they are so, or copies; or raise."""
     if len(tensors) != num_splits:

@@ -44,8 +44,9 @@ struct Batch {
 
 // Writes the sums of x and x^2, or with GRAD those of dy and dy * (x - mean), to totals [S, 2C].
 //
-// mean is [S, C], or null without GRAD; if it is not, x - mean stands for x. `totals` has room for [shares, S, 2C], zeros, the first of which is the result;
-// without channels last `vectors` has room for [shares, C, 3] vectors.
+// mean is [S, C], or null without GRAD; if it is not, x - mean stands for x. `totals` has room for
+// [shares, S, 2C], zeros, the first of which is the result; without channels last `vectors` has
+// room for [shares, C, 3] vectors.
 template <bool GRAD, class T>
 void sum_batch(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean, double* totals,
                void* vectors);

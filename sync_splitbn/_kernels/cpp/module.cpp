@@ -18,21 +18,26 @@ struct OwnedBatch : Batch {
   Type type;
   Integers split_of_row;
 
-  // From x, and from the sizes of contiguous splits or an index.
-  OwnedBatch(const Tensor& x, PyObject* rows_of, int64_t num_splits, int64_t num_threads)
+  // From x, an index or the sizes of contiguous splits, and a tensor with a row for each split.
+  OwnedBatch(const Tensor& x, PyObject* index, PyObject* sizes, const Tensor& by_split,
+             int64_t num_threads)
       : Batch(), type(x.type) {
-    require(type != INT64 && x.shape.size() >= 2, PyExc_TypeError, "x must be floating [N, C, ...]");
-    rows = x.shape[0], features = x.shape[1], splits = num_splits, threads = num_threads;
+    require(type != INT64 && x.dims >= 2, PyExc_TypeError, "x must be floating [N, C, ...]");
+    require(by_split.dims == 2, PyExc_RuntimeError, "%s must be a matrix", by_split.name);
+    rows = x.shape[0], features = x.shape[1], splits = by_split.shape[0], threads = num_threads;
     length = 1;
-    for (size_t dim = 2; dim < x.shape.size(); dim++) length *= x.shape[dim];
+    for (int64_t dim = 2; dim < x.dims; dim++) length *= x.shape[dim];
     channels_last = features > 1 && x.is_dense(true);
     require(channels_last || x.is_dense(false), PyExc_RuntimeError, "x must be dense");
-    if (PyTuple_Check(rows_of) || PyList_Check(rows_of))
-      expand(integers(rows_of));
+    require((index == Py_None) != (sizes == Py_None), PyExc_ValueError,
+            "either index or sizes must be given");
+    if (index == Py_None)
+      expand(integers(sizes));
     else {
-      const int64_t* index = checked(rows_of, "index", INT64, {rows}).pointer<int64_t>();
+      const Tensor given(index, "index");
+      given.check(INT64, {rows});
       // A copy: another thread may change the index after it was checked.
-      split_of_row.assign(index, index + rows);
+      split_of_row.assign(given.pointer<int64_t>(), given.pointer<int64_t>() + rows);
     }
     for (const int64_t split : split_of_row)
       require(split >= 0 && split < splits, PyExc_ValueError,
@@ -53,10 +58,12 @@ struct OwnedBatch : Batch {
 
   Type accumulation_type() const { return type == FLOAT64 ? FLOAT64 : FLOAT32; }
 
-  // The tensor of a batch like x, in the same layout.
+  // Returns the tensor of a batch like x, in the same layout.
   Tensor like(const Tensor& x, PyObject* tensor, const char* name) const {
     Tensor found(tensor, name);
-    require(found.type == type && found.shape == x.shape && found.is_dense(channels_last),
+    require(found.type == type && std::equal(x.shape, x.shape + x.dims, found.shape,
+                                             found.shape + found.dims) &&
+                found.is_dense(channels_last),
             PyExc_RuntimeError, "%s must have the type, shape and layout of x", name);
     return found;
   }
@@ -98,7 +105,7 @@ struct Layer {
   using A = Scalar<T>;
   int64_t features;
   const double* moments;
-  const Integers &weights, &biases;
+  const std::vector<void*>&weights, &biases;
   double eps;
 
   const double* row(int64_t split) const { return moments + split * (2 * features + 1); }
@@ -108,10 +115,10 @@ struct Layer {
   }
   double count(int64_t split) const { return std::max(row(split)[2 * features], 1.0); }
   double weight(int64_t split, int64_t c) const {
-    return weights.empty() ? 1 : reinterpret_cast<const A*>(weights[split])[c];
+    return weights.empty() ? 1 : static_cast<const A*>(weights[split])[c];
   }
   double bias(int64_t split, int64_t c) const {
-    return biases.empty() ? 0 : reinterpret_cast<const A*>(biases[split])[c];
+    return biases.empty() ? 0 : static_cast<const A*>(biases[split])[c];
   }
 };
 
@@ -237,13 +244,13 @@ void fill_gradient(const Batch& batch, const Layer<T>& layer, const T* dy, const
 }
 
 PyObject* sums(PyObject*, PyObject* args) {
-  PyObject *x_, *splits, *out;
-  long long num_splits, threads;
-  if (!PyArg_ParseTuple(args, "OOLLO", &x_, &splits, &num_splits, &threads, &out)) return nullptr;
+  PyObject *x_, *index, *sizes, *out;
+  long long threads;
+  if (!PyArg_ParseTuple(args, "OOOOL", &x_, &index, &sizes, &out, &threads)) return nullptr;
   return guarded([&] {
-    const Tensor x(x_, "x");
-    const OwnedBatch batch(x, splits, num_splits, threads);
-    const Tensor sums = checked(out, "sums", FLOAT64, {num_splits, 2 * batch.features + 1});
+    const Tensor x(x_, "x"), sums(out, "sums");
+    const OwnedBatch batch(x, index, sizes, sums, threads);
+    sums.check(FLOAT64, {batch.splits, 2 * batch.features + 1});
     run(batch.type, [&](auto element) {
       using T = decltype(element);
       fill_sums<T>(batch, x.pointer<T>(), nullptr, sums.pointer<double>());
@@ -255,31 +262,32 @@ PyObject* moments(PyObject*, PyObject* args) {
   PyObject *sums_, *out;
   if (!PyArg_ParseTuple(args, "OO", &sums_, &out)) return nullptr;
   return guarded([&] {
-    const Integers shape = Tensor(sums_, "sums").shape;
-    require(shape.size() == 2, PyExc_RuntimeError, "sums must be [S, 2C + 1]");
-    const Tensor sums = checked(sums_, "sums", FLOAT64, shape);
-    const Tensor moments = checked(out, "moments", FLOAT64, shape);
-    fill_moments(shape[0], shape[1] / 2, sums.pointer<double>(), moments.pointer<double>());
+    const Tensor sums(sums_, "sums"), moments(out, "moments");
+    require(sums.dims == 2, PyExc_RuntimeError, "sums must be [S, 2C + 1]");
+    for (const Tensor* each : {&sums, &moments})
+      each->check(FLOAT64, {sums.shape[0], sums.shape[1]});
+    fill_moments(sums.shape[0], sums.shape[1] / 2, sums.pointer<double>(),
+                 moments.pointer<double>());
   });
 }
 
 template <bool LOCAL>
 PyObject* normalize(PyObject*, PyObject* args) {
-  PyObject *x_, *splits, *moments_, *weights_, *biases_, *out;
-  long long num_splits, threads;
+  PyObject *x_, *index, *sizes, *moments_, *weights_, *biases_, *out;
   double eps;
-  if (!PyArg_ParseTuple(args, "OOLLOOOdO", &x_, &splits, &num_splits, &threads, &moments_, &weights_,
-                        &biases_, &eps, &out))
+  long long threads;
+  if (!PyArg_ParseTuple(args, "OOOOOOdOL", &x_, &index, &sizes, &moments_, &weights_, &biases_,
+                        &eps, &out, &threads))
     return nullptr;
   return guarded([&] {
-    const Tensor x(x_, "x");
-    const OwnedBatch batch(x, splits, num_splits, threads);
-    const int64_t features = batch.features;
-    const Type wide = batch.accumulation_type();
+    const Tensor x(x_, "x"), moments(moments_, "moments");
+    const OwnedBatch batch(x, index, sizes, moments, threads);
+    const int64_t splits = batch.splits, features = batch.features;
+    moments.check(FLOAT64, {splits, 2 * features + 1});
     const Tensor y = batch.like(x, out, "y");
-    const Tensor moments = checked(moments_, "moments", FLOAT64, {num_splits, 2 * features + 1});
-    const Integers weights = addresses(weights_, "weight", wide, {features}, num_splits);
-    const Integers biases = addresses(biases_, "bias", wide, {features}, num_splits);
+    const Type wide = batch.accumulation_type();
+    const auto weights = addresses(weights_, "weight", wide, {features}, splits);
+    const auto biases = addresses(biases_, "bias", wide, {features}, splits);
     run(batch.type, [&](auto element) {
       using T = decltype(element);
       const Layer<T> layer{features, moments.pointer<double>(), weights, biases, eps};
@@ -294,21 +302,22 @@ enum Gradient { SUMS, INPUT, BOTH };
 
 template <Gradient WANTED>
 PyObject* gradient(PyObject*, PyObject* args) {
-  PyObject *dy_, *x_, *splits, *moments_, *weights_, *sums_, *out;
-  long long num_splits, threads;
+  PyObject *dy_, *x_, *index, *sizes, *moments_, *weights_, *sums_, *out;
   double eps;
-  if (!PyArg_ParseTuple(args, "OOOLLOOdOO", &dy_, &x_, &splits, &num_splits, &threads, &moments_,
-                        &weights_, &eps, &sums_, &out))
+  long long threads;
+  if (!PyArg_ParseTuple(args, "OOOOOOdOOL", &dy_, &x_, &index, &sizes, &moments_, &weights_, &eps,
+                        &sums_, &out, &threads))
     return nullptr;
   return guarded([&] {
-    const Tensor x(x_, "x");
-    const OwnedBatch batch(x, splits, num_splits, threads);
-    const int64_t features = batch.features;
+    const Tensor x(x_, "x"), moments(moments_, "moments"), sums(sums_, "sums");
+    const OwnedBatch batch(x, index, sizes, moments, threads);
+    const int64_t splits = batch.splits, features = batch.features;
     const Type wide = batch.accumulation_type();
-    const Tensor dy = batch.like(x, dy_, "dy"), dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
-    const Tensor moments = checked(moments_, "moments", FLOAT64, {num_splits, 2 * features + 1});
-    const Tensor sums = checked(sums_, "sums", wide, {num_splits, 2 * features});
-    const Integers weights = addresses(weights_, "weight", wide, {features}, num_splits);
+    moments.check(FLOAT64, {splits, 2 * features + 1});
+    sums.check(wide, {splits, 2 * features});
+    const Tensor dy = batch.like(x, dy_, "dy");
+    const Tensor dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
+    const auto weights = addresses(weights_, "weight", wide, {features}, splits);
     run(batch.type, [&](auto element) {
       using T = decltype(element);
       const Layer<T> layer{features, moments.pointer<double>(), weights, weights, eps};
@@ -321,35 +330,38 @@ PyObject* gradient(PyObject*, PyObject* args) {
 }
 
 PyObject* update_running_stats(PyObject*, PyObject* args) {
-  PyObject *moments_, *means_, *vars_, *counters_;
+  PyObject *means_, *vars_, *counters_, *moments_;
   double momentum;
-  int cumulative;
-  if (!PyArg_ParseTuple(args, "OOOOdp", &moments_, &means_, &vars_, &counters_, &momentum,
-                        &cumulative))
+  int is_average;
+  if (!PyArg_ParseTuple(args, "OOOdpO", &means_, &vars_, &counters_, &momentum, &is_average,
+                        &moments_))
     return nullptr;
   return guarded([&] {
-    const Integers shape = Tensor(moments_, "moments").shape;
-    require(shape.size() == 2, PyExc_RuntimeError, "moments must be [S, 2C + 1]");
-    const Tensor moments = checked(moments_, "moments", FLOAT64, shape);
-    const int64_t splits = shape[0], features = shape[1] / 2;
-    const Type type = Tensor(Owned(PySequence_GetItem(means_, 0)).object, "running_mean").type;
+    const Tensor moments(moments_, "moments");
+    require(moments.dims == 2, PyExc_RuntimeError, "moments must be [S, 2C + 1]");
+    const int64_t splits = moments.shape[0], width = moments.shape[1], features = width / 2;
+    moments.check(FLOAT64, {splits, width});
+    require(PyList_Size(means_) == splits && PyList_Size(vars_) == splits, PyExc_RuntimeError,
+            "running_mean and running_var must be of %lld splits", (long long)splits);
+    if (!splits) return;
+    const Type type = Tensor(PyList_GetItem(means_, 0), "running_mean").type;
     require(type == FLOAT32 || type == FLOAT64, PyExc_TypeError,
             "running_mean must be float32 or float64");
-    const Integers means = addresses(means_, "running_mean", type, {features}, splits);
-    const Integers vars = addresses(vars_, "running_var", type, {features}, splits);
-    const Integers counters = addresses(counters_, "num_batches_tracked", INT64, {}, splits);
+    const auto means = addresses(means_, "running_mean", type, {features}, splits);
+    const auto vars = addresses(vars_, "running_var", type, {features}, splits);
+    const auto counters = addresses(counters_, "num_batches_tracked", INT64, {}, splits);
     run(type, [&](auto element) {
       using A = Scalar<decltype(element)>;
       const double* row = moments.pointer<double>();
-      for (int64_t split = 0; split < splits; split++, row += shape[1]) {
+      for (int64_t split = 0; split < splits; split++, row += width) {
         const double count = row[2 * features];
         if (!(count > 0)) continue;
         double step = momentum;
         if (!counters.empty()) {
-          const int64_t batches = ++*reinterpret_cast<int64_t*>(counters[split]);
-          if (cumulative) step = 1.0 / batches;
+          const int64_t batches = ++*static_cast<int64_t*>(counters[split]);
+          if (is_average) step = 1.0 / batches;
         }
-        A *mean = reinterpret_cast<A*>(means[split]), *var = reinterpret_cast<A*>(vars[split]);
+        A *mean = static_cast<A*>(means[split]), *var = static_cast<A*>(vars[split]);
         for (int64_t c = 0; c < features; c++) mean[c] += step * (row[c] - mean[c]);
         // A single element has no variance.
         for (int64_t c = 0; c < features && count > 1; c++)
@@ -359,18 +371,7 @@ PyObject* update_running_stats(PyObject*, PyObject* args) {
   });
 }
 
-// Takes the types of torch that Type names, in its order.
-PyObject* set_types(PyObject*, PyObject* args) {
-  for (int i = 0; i < TYPES; i++) {
-    types[i] = PyTuple_GetItem(args, i);
-    if (!types[i]) return nullptr;
-    Py_INCREF(types[i]);
-  }
-  Py_RETURN_NONE;
-}
-
 PyMethodDef methods[] = {
-    {"set_types", set_types, METH_VARARGS, nullptr},
     {"sums", sums, METH_VARARGS, nullptr},
     {"moments", moments, METH_VARARGS, nullptr},
     {"normalize", normalize<false>, METH_VARARGS, nullptr},
@@ -389,6 +390,12 @@ PyModuleDef module = {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__cpu() {
-  for (int i = 0; i < NAMES; i++) names[i] = PyUnicode_InternFromString(SPELLED[i]);
+  try {
+    exchange = find_exchange();
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+  names = {PyUnicode_InternFromString("storage_offset"),
+           PyUnicode_InternFromString("untyped_storage"), PyUnicode_InternFromString("nbytes")};
   return PyModule_Create(&module);
 }
