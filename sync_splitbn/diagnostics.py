@@ -81,7 +81,9 @@ def split_divergence(
         for path, _ in model.named_modules()
         if (of_layer := statistics.get(path)) is not None
     }
-    if not any(found.values()):
+    if found and not any(found.values()):
+        raise ValueError("sizes or index must give rows to 2 parts or more, got fewer")
+    if not found:
         raise ValueError(
             "model must contain a SyncSplitBatchNorm with 2 or more splits and running statistics, "
             f"got {type(model).__name__} without one; convert it first, or pass input and sizes"

@@ -597,3 +597,10 @@ def test_converted_layer_refuses_the_dimensions_that_the_plain_one_refuses(plain
         convert_sync_split_batchnorm(plain(3), 2)(x)
     # A layer that was none before takes them all.
     SyncSplitBatchNorm(3, num_splits=2)(x)
+
+
+def test_wrong_group_is_refused_before_anything_is_converted():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match="process_group must be"):
+        convert_sync_split_batchnorm(model, process_group="nccl")
+    assert type(model[0]) is nn.BatchNorm1d

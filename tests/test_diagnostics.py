@@ -173,7 +173,7 @@ def test_part_of_one_element_is_compared_and_one_part_alone_is_refused():
     model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.arange(12.0).view(4, 3)
     found = split_divergence(model, x, sizes=(1, 3))
     assert found["0"] == pytest.approx(of_parts([x[:1], x[1:]]), rel=1e-9)
-    with pytest.raises(ValueError, match="model must contain a SyncSplitBatchNorm with 2 or"):
+    with pytest.raises(ValueError, match="must give rows to 2 parts or more, got fewer"):
         split_divergence(model, x, sizes=(4, 0))
 
 
