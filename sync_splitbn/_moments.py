@@ -48,6 +48,11 @@ class Moments:
         count = self.values[:, -1:]
         return self.var * (count / (count - 1).clamp(min=1))
 
+    def without_nonfinite(self) -> "Moments":
+        """Return moments in which a split with a value that is not finite is empty."""
+        is_finite = self.values.isfinite().all(dim=1, keepdim=True)
+        return Moments(torch.where(is_finite, self.values, 0))
+
     def invstd(self, eps: float) -> Tensor:
         """Inverse standard deviation, [S, C], from the biased variance."""
         return (self.var + eps).rsqrt()

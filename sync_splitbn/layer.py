@@ -50,6 +50,12 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         share_affine: one scale and offset for all splits, which then differ in statistics alone.
         bias: learn an offset (if `affine`).
 
+    Attributes:
+        skip_nonfinite_stats: set it to True, for float16 say, and a split with a NaN or an infinity
+            in its statistics leaves its running ones and its counter as they are. A gradient scaler
+            skips the step of such a batch; without this the running statistics keep the NaN.
+            False by default; it waits for nothing on the host.
+
     Shape:
         - Input: [N, C] to [N, C, D, H, W]; N may be 0, on some ranks or all.
         - Output: the same, in the type and memory format of the input.
@@ -62,7 +68,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         As `sync_split_batch_norm`. A split that is empty on all ranks keeps its running
         statistics and its counter, one with a single element its `running_var`. The running
         variance is the unbiased one of the whole split. All ranks of a process group hold the same
-        bits.
+        bits. A NaN in one rank's rows of a split is a NaN in that split on all ranks, and in no
+        other split.
 
     Communication:
         In training, forward one all_reduce of S * (2 * C + 1) float64 numbers, backward one of
@@ -84,6 +91,7 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         torch.Size([12, 64, 8, 8])
     """
 
+    skip_nonfinite_stats: bool = False
     # The class to return to, remembered by the converter.
     _plain_class: type[_BatchNorm] | None = None
 
@@ -124,7 +132,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             process_group=self.process_group,
         )
         if running is not None:
-            update_running_stats(*running, self.momentum, moments)
+            kept = moments.without_nonfinite() if self.skip_nonfinite_stats else moments
+            update_running_stats(*running, self.momentum, kept)
         return output
 
     def _running_stats(self) -> tuple[Tensors, Tensors, Tensors] | None:

@@ -137,3 +137,18 @@ print(sync_splitbn.SyncSplitBatchNorm(3)(torch.randn(4, 3)).shape, cpu.unavailab
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert reason in done.stdout, done.stderr
+
+
+def test_aten_serves_where_the_loops_are_of_another_version():
+    code = """
+import sys, types, torch
+sys.modules["sync_splitbn._kernels._cpu"] = types.ModuleType("_cpu")
+import sync_splitbn
+from sync_splitbn._kernels import aten, choose, cpu
+assert choose(None, torch.zeros(4, 3)) is aten
+print(sync_splitbn.SyncSplitBatchNorm(3)(torch.randn(4, 3)).shape, cpu.unavailable(torch.zeros(1)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "compiled loops of another version; install the package again" in done.stdout, (
+        done.stderr
+    )

@@ -281,3 +281,51 @@ def ddp_in_eval_mode(rank, world_size):
 def test_fine_tuning_in_evaluation_leaves_no_parameter_without_gradient(tmp_path):
     for grad in run_ranks(ddp_in_eval_mode, 2, tmp_path):
         assert grad.equal(torch.zeros(5))
+
+
+def poisoned(rank, world_size, skip, value, how):
+    """Two steps, the second with a value in one row of split 1 on rank 1; then another one."""
+    layer = SyncSplitBatchNorm(3, num_splits=2)
+    layer.skip_nonfinite_stats = skip
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if how == "compiled" else layer
+    states = []
+    for step in range(3):
+        torch.manual_seed(10 * step + rank)
+        x = torch.randn(6, 3, 4, 4)
+        if step == 1 and rank == 1:
+            x[4, 2, 1, 3] = value
+        y = run(x)
+        states.append(copy.deepcopy(layer.state_dict()))
+        if step == 1:
+            finite = y.isfinite().flatten(1).all(dim=1).tolist()
+    return states, finite
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_running_stats_of_a_split_that_is_not_finite_are_held_back_on_all_ranks(
+    value, how, tmp_path
+):
+    ranks = run_ranks(poisoned, 2, tmp_path, True, value, how)
+    for states, finite in ranks:
+        # The split's own output is poisoned on both ranks, and that of no other.
+        assert finite == [True] * 3 + [False] * 3
+        before, during, after = states
+        for name, kept in during.items():
+            if "weight" in name or "bias" in name:
+                continue
+            assert torch.equal(kept, before[name]) == name.startswith("aux_bn.0"), name
+            assert after[name].isfinite().all()
+        assert (during["num_batches_tracked"], after["num_batches_tracked"]) == (2, 3)
+        assert (during["aux_bn.0.num_batches_tracked"], after["aux_bn.0.num_batches_tracked"]) == (
+            1,
+            2,
+        )
+    for name, stored in ranks[0][0][2].items():
+        assert torch.equal(stored, ranks[1][0][2][name])
+
+
+def test_running_stats_keep_a_nan_unless_asked_not_to(tmp_path):
+    for states, _ in run_ranks(poisoned, 2, tmp_path, False, float("nan"), "eager"):
+        assert states[2]["aux_bn.0.running_mean"].isnan().any()
+        assert states[2]["running_mean"].isfinite().all()

@@ -24,6 +24,8 @@ from .._moments import (
     increment_versions,
 )
 
+# What module.cpp calls CONTRACT.
+_CONTRACT = 2
 _not_loaded: str | None = None
 try:
     from . import _cpu
@@ -31,6 +33,9 @@ except (AttributeError, ImportError) as error:
     compiled = importlib.util.find_spec(f"{__package__}._cpu") is not None
     _not_loaded = str(error) if compiled else "the package was installed without a C++ compiler"
 else:
+    # A module that an older checkout left behind would take its arguments for others.
+    if getattr(_cpu, "contract", 1) != _CONTRACT:
+        _not_loaded = "compiled loops of another version; install the package again"
     # They are compiled for it, and a processor without it would stop the process.
     x86 = platform.machine() in ("x86_64", "AMD64")
     if x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
