@@ -178,7 +178,9 @@ def run(rank, world_size, arguments):
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = train.main(arguments)
-    return code, said.getvalue()
+    # matplotlib may name fonts that another environment has left in its cache.
+    lines = said.getvalue().splitlines(keepends=True)
+    return code, "".join(line for line in lines if not line.startswith("findfont"))
 
 
 def score(rank, world_size, arguments):
