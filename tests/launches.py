@@ -1,6 +1,8 @@
 """Starts the commands of `launch` as a user does, and cleans up behind them."""
 
 import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -36,3 +38,18 @@ def launched(tmp_path, *arguments):
         # The ranks have sessions of their own, and end with their launcher.
         process.kill()
         process.wait(10)
+
+
+def few_digits(rank, world_size, recipe, arguments):
+    """A recipe as a rank, on 200 digits and 40 test images: its exit code, and what it prints."""
+    from launch.images import sets
+    from launch.images.digits import Digits, mnist
+
+    sets.mnist = lambda: tuple(
+        Digits(images.pixels[::step], images.labels[::step])
+        for images, step in zip(mnist(), (20, 25), strict=True)
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = importlib.import_module(recipe).main(arguments)
+    return code, said.getvalue()

@@ -1,14 +1,13 @@
 """`launch.advprop`: its attack and its loss beside an oracle, and whole runs of two ranks."""
 
-import contextlib
 import copy
-import io
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import few_digits
 from networks import logits_by, network
 from ranks import run_ranks
 from torch.nn import functional as F
@@ -21,7 +20,6 @@ from safetensors.torch import load_file  # noqa: E402
 
 from launch import advprop  # noqa: E402
 from launch.advprop import loss_of_batch, parse_arguments  # noqa: E402
-from launch.images.digits import Digits, mnist  # noqa: E402
 from launch.recipe.attack import Attack  # noqa: E402
 
 MEAN, STD = (0.3, 0.5), (0.2, 0.4)
@@ -175,19 +173,6 @@ def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
     assert re.fullmatch(rf"error: {message}; see launch.advprop --help\n", capsys.readouterr().err)
 
 
-def train(rank, world_size, arguments):
-    from launch.images import sets
-
-    sets.mnist = lambda: tuple(
-        Digits(images.pixels[::step], images.labels[::step])
-        for images, step in zip(mnist(), (20, 25), strict=True)
-    )
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = advprop.main(arguments)
-    return code, said.getvalue()
-
-
 SMALL = ["--epochs", "2", "--log-interval", "3", "--lr", "0.01", "--attacked-tests", "9"]
 SMALL += ["--attack-steps", "2", "--test-attack-steps", "2"]
 
@@ -197,7 +182,7 @@ def test_one_process_with_twice_the_batch_has_the_same_losses(tmp_path):
     for world_size in (1, 2):
         arguments = [*SMALL, "-b", str(32 // world_size), "--max-steps", "4"]
         arguments += ["--output", str(tmp_path / str(world_size))]
-        answers = run_ranks(train, world_size, tmp_path, arguments)
+        answers = run_ranks(few_digits, world_size, tmp_path, "launch.advprop", arguments)
         assert answers[0][0] == 0, answers[0][1]
         file = tmp_path / str(world_size) / "auxiliary-seed0" / "results.json"
         losses.append(json.loads(file.read_text())["losses"])
@@ -208,7 +193,7 @@ def test_variants_are_compared_and_resumed_to_the_same_bits(tmp_path):
     arguments = [*SMALL, "-b", "16", "--random-start", "--targeted", "--fine-grained"]
     arguments += ["--aa", "rand-m5", "--adversarial-share", "0.5"]
     whole = [*arguments, "--compare", "--output", str(tmp_path / "whole")]
-    (code, said), _ = run_ranks(train, 2, tmp_path, whole)
+    (code, said), _ = run_ranks(few_digits, 2, tmp_path, "launch.advprop", whole)
     assert code == 0, said
     comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())["variants"]
     assert [*comparison] == ["auxiliary", "joint", "clean"]
@@ -216,11 +201,15 @@ def test_variants_are_compared_and_resumed_to_the_same_bits(tmp_path):
     assert (tmp_path / "whole" / "summary.png").is_file()
 
     parts = [*arguments, "--output", str(tmp_path / "parts")]
-    (code, said), _ = run_ranks(train, 2, tmp_path, [*parts, "--max-steps", "5"])
+    (code, said), _ = run_ranks(
+        few_digits, 2, tmp_path, "launch.advprop", [*parts, "--max-steps", "5"]
+    )
     assert code == 0, said
     results = tmp_path / "parts" / "auxiliary-seed0" / "results.json"
     results.write_text(results.read_text().replace('"complete"', '"interrupted"'))
-    (code, said), _ = run_ranks(train, 2, tmp_path, [*parts, "--resume", "auto"])
+    (code, said), _ = run_ranks(
+        few_digits, 2, tmp_path, "launch.advprop", [*parts, "--resume", "auto"]
+    )
     assert code == 0, said
     states = [
         load_file(tmp_path / name / "auxiliary-seed0" / "split.safetensors")

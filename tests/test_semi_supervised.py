@@ -1,7 +1,5 @@
 """`launch.semi_supervised`: its loss beside an oracle, its images, and whole runs of two ranks."""
 
-import contextlib
-import io
 import json
 import pickle
 import random
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import few_digits
 from networks import logits_by, network
 from ranks import run_ranks
 
@@ -21,7 +20,6 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from launch import semi_supervised  # noqa: E402
-from launch.images.digits import Digits, mnist  # noqa: E402
 from launch.images.labelled import LabelledAndUnlabelled, divide  # noqa: E402
 from launch.images.shift import Shift, Shifted  # noqa: E402
 from launch.recipe.comparison import mean_and_error  # noqa: E402
@@ -226,19 +224,6 @@ def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
     assert re.fullmatch(rf"error: {message}; see launch.semi_supervised --help\n", said), said
 
 
-def train(rank, world_size, arguments):
-    from launch.images import sets
-
-    sets.mnist = lambda: tuple(
-        Digits(images.pixels[::step], images.labels[::step])
-        for images, step in zip(mnist(), (20, 25), strict=True)
-    )
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = semi_supervised.main(arguments)
-    return code, said.getvalue()
-
-
 SMALL = ["-b", "4", "--labelled", "20", "--mu", "2", "--epochs", "2", "--lr", "0.01"]
 SMALL += ["--log-interval", "3"]
 NORMS = ["joint", "split", "split-shared-affine", "labelled-only-test", "separate-calls"]
@@ -247,7 +232,7 @@ NORMS = ["joint", "split", "split-shared-affine", "labelled-only-test", "separat
 def test_every_normalization_is_trained_and_compared_and_resumed_to_the_same_bits(tmp_path):
     arguments = [*SMALL, "--norm", *NORMS]
     whole = [*arguments, "--output", str(tmp_path / "whole")]
-    (code, said), _ = run_ranks(train, 2, tmp_path, whole)
+    (code, said), _ = run_ranks(few_digits, 2, tmp_path, "launch.semi_supervised", whole)
     assert code == 0, said
     assert re.search(r"^split-shared-affine +\d+\.\d+% ± 0.00%$", said, re.MULTILINE)
     assert (tmp_path / "whole" / "summary.png").is_file()
@@ -256,11 +241,13 @@ def test_every_normalization_is_trained_and_compared_and_resumed_to_the_same_bit
 
     # The first run ends early, the comparison is then resumed and goes on with the others.
     output = ["--output", str(tmp_path / "parts")]
-    assert run_ranks(train, 2, tmp_path, [*SMALL, "--norm", "split", "--max-steps", "5", *output])
+    early = [*SMALL, "--norm", "split", "--max-steps", "5", *output]
+    (code, said), _ = run_ranks(few_digits, 2, tmp_path, "launch.semi_supervised", early)
+    assert code == 0, said
     results = tmp_path / "parts" / "split-seed0" / "results.json"
     results.write_text(results.read_text().replace('"complete"', '"interrupted"'))
     resumed = [*SMALL, "--norm", "split", "joint", "--resume", "auto", *output]
-    (code, said), _ = run_ranks(train, 2, tmp_path, resumed)
+    (code, said), _ = run_ranks(few_digits, 2, tmp_path, "launch.semi_supervised", resumed)
     assert code == 0, said
     for norm in ("split", "joint"):
         states = [
@@ -274,7 +261,13 @@ def test_every_normalization_is_trained_and_compared_and_resumed_to_the_same_bit
 def test_other_methods_train_on_two_ranks(method, tmp_path):
     arguments = [*SMALL, "--norm", "split", "--method", method, "--aa", "rand-m5", "--seeds", "2"]
     arguments += ["--missing-classes", "2", "--labelled", "16", "--max-steps", "3", "--invert"]
-    (code, said), _ = run_ranks(train, 2, tmp_path, [*arguments, "--output", str(tmp_path / "r")])
+    (code, said), _ = run_ranks(
+        few_digits,
+        2,
+        tmp_path,
+        "launch.semi_supervised",
+        [*arguments, "--output", str(tmp_path / "r")],
+    )
     assert code == 0, said
     runs = [
         json.loads((tmp_path / "r" / f"split-seed{n}" / "results.json").read_text()) for n in (0, 1)
@@ -286,7 +279,7 @@ def test_other_methods_train_on_two_ranks(method, tmp_path):
 
 def test_too_many_labelled_images_are_one_line(tmp_path):
     arguments = [*SMALL, "--labelled", "23", "--output", str(tmp_path / "run")]
-    (code, said), _ = run_ranks(train, 2, tmp_path, arguments)
+    (code, said), _ = run_ranks(few_digits, 2, tmp_path, "launch.semi_supervised", arguments)
     assert code == 2
     assert said.splitlines()[-1] == (
         "error: --labelled must be a multiple of the 10 labelled classes, got 23"
