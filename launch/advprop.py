@@ -6,7 +6,6 @@ through the auxiliary split, and clean images are tested with the statistics of 
 """
 
 import argparse
-import contextlib
 import functools
 from typing import Any
 
@@ -20,15 +19,16 @@ from torch.utils.data import Dataset, Subset
 from sync_splitbn import assign_splits, convert_sync_split_batchnorm, frozen_stats
 from sync_splitbn.data import SplitViews
 
-from .images.sets import count_channels, count_classes, load_images
+from .images.sets import load_images
 from .recipe.advprop_figures import draw_comparison, draw_run
 from .recipe.advprop_options import parse_arguments
 from .recipe.attack import Attack
 from .recipe.comparison import compare
 from .recipe.evaluation import divergence_metrics, evaluate
 from .recipe.loading import test_loader, training_loader
-from .recipe.models import build_model
-from .recipe.optimization import create_ema, create_optimizer, create_schedule
+from .recipe.models import forward_parts
+from .recipe.optimization import create_schedule
+from .recipe.preparation import prepare_model
 from .recipe.run import Recipe, leave, run_safely
 from .recipe.trainer import Task
 
@@ -62,16 +62,8 @@ def loss_of_batch(
     if options.fine_grained:
         parts.append(views[:, 1])
         targets.append(labels)
-    logits = forward(model, parts, is_split=options.norm == "auxiliary")
+    logits = forward_parts(model, parts, is_split=options.norm == "auxiliary")
     return F.cross_entropy(logits.float(), torch.cat(targets), label_smoothing=options.smoothing)
-
-
-def forward(model: nn.Module, parts: list[Tensor], *, is_split: bool) -> Tensor:
-    """Return the logits of all parts, each normalized by itself, or all together."""
-    sizes = [len(part) for part in parts]
-    with assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext():
-        logits: Tensor = model(torch.cat(parts))
-    return logits
 
 
 def _auxiliary(options: argparse.Namespace) -> int:
@@ -81,21 +73,13 @@ def _auxiliary(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
     """Return data, model, optimizer and schedule: build, load, convert, optimizer, prepare."""
-    model = build_model(
-        options, num_classes=count_classes(options), in_channels=count_channels(options)
-    )
     splits = 2 + options.fine_grained if options.norm == "auxiliary" else 1
-    model = convert_sync_split_batchnorm(model, splits)
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(accelerator.device, memory_format=memory_format)
-    optimizer = create_optimizer(options, model, ranks=accelerator.num_processes)
-    ema = create_ema(options, model)
-
+    model, optimizer, ema = prepare_model(
+        options, accelerator, lambda model: convert_sync_split_batchnorm(model, splits)
+    )
     images = load_images(options, model)
     transforms = [images.clean, images.augmented] if options.fine_grained else [images.clean]
     views = SplitViews(images.train, transforms, seed=options.seed)
-    if options.torchcompile:
-        model.compile(backend=options.torchcompile)
     model, optimizer, loader, tests, few_tests = accelerator.prepare(
         model,
         optimizer,
@@ -114,20 +98,27 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
 
     def metrics(model: nn.Module) -> dict[str, Any]:
         tested = model if ema is None else ema.module
-        found: dict[str, Any] = {}
-        # A model with joint statistics has but one way, which stands for both.
-        for prefix, split in (("", 0), ("auxiliary_", _auxiliary(options))):
-            loss, accuracy = evaluate(accelerator, tested, tests, split=split)
-            _, attacked = evaluate(
-                accelerator,
-                tested,
-                few_tests,
-                split=split,
-                make_input=functools.partial(test_attack, tested),
+        by_split = {
+            split: (
+                evaluate(accelerator, tested, tests, split=split),
+                evaluate(
+                    accelerator,
+                    tested,
+                    few_tests,
+                    split=split,
+                    make_input=functools.partial(test_attack, tested),
+                ),
             )
-            name = f"{prefix or 'test_'}"
-            found |= {f"{name}loss": loss, f"{name}accuracy": accuracy}
-            found[f"{prefix}attacked_accuracy"] = attacked
+            # Joint statistics have one way, which stands for both.
+            for split in {0, _auxiliary(options)}
+        }
+        found: dict[str, Any] = {}
+        for clean, attacked, split in (
+            ("test", "attacked", 0),
+            ("auxiliary", "auxiliary_attacked", _auxiliary(options)),
+        ):
+            (found[f"{clean}_loss"], found[f"{clean}_accuracy"]), under_attack = by_split[split]
+            found[f"{attacked}_accuracy"] = under_attack[1]
         return found | divergence_metrics(model)
 
     return Task(

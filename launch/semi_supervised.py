@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,14 +27,15 @@ from sync_splitbn import (
 )
 
 from .images.labelled import FirstView, LabelledAndUnlabelled, divide
-from .images.sets import ImageSets, count_channels, count_classes, load_images
+from .images.sets import ImageSets, load_images
 from .images.shift import Shift, Shifted
 from .recipe.comparison import compare
 from .recipe.consistency import divergence_loss, pseudo_label_loss, virtual_adversary
 from .recipe.evaluation import evaluate
 from .recipe.loading import test_loader, training_loader
-from .recipe.models import build_model
-from .recipe.optimization import create_ema, create_optimizer, create_schedule
+from .recipe.models import forward_parts
+from .recipe.optimization import create_schedule
+from .recipe.preparation import prepare_model
 from .recipe.run import Recipe, leave, run_safely
 from .recipe.semi_supervised_figures import draw_comparison, draw_run
 from .recipe.semi_supervised_options import parse_arguments
@@ -63,7 +63,8 @@ def loss_of_batch(
 
     def predict(rows: Tensor) -> Tensor:
         """Return logits by the statistics of these unlabelled rows, which are not remembered."""
-        with frozen_stats(inner), _only_unlabelled(inner):
+        split = int(options.norm.startswith("split"))
+        with frozen_stats(inner), assign_splits(inner, only=split):
             return inner(rows)
 
     targets = None
@@ -94,43 +95,24 @@ def forward(
     """Return the logits of labelled and unlabelled rows, normalized as `norm` says."""
     if norm == "separate-calls":
         return model(labelled), model(unlabelled)
-    sizes = (len(labelled), len(unlabelled))
-    is_split = norm.startswith("split")
-    with assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext():
-        logits = model(torch.cat([labelled, unlabelled]))
-    return logits.split(sizes)
-
-
-@contextlib.contextmanager
-def _only_unlabelled(model: nn.Module) -> Iterator[None]:
-    """Send all rows through the last split: the unlabelled one, or the only one."""
-    last = max(getattr(module, "num_splits", 1) for module in model.modules()) - 1
-    with assign_splits(model, only=last):
-        yield
+    logits = forward_parts(model, [labelled, unlabelled], is_split=norm.startswith("split"))
+    return logits[: len(labelled)], logits[len(labelled) :]
 
 
 def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
     """Return data, model, optimizer and schedule: build, load, convert, optimizer, prepare."""
-    model = build_model(
-        options, num_classes=count_classes(options), in_channels=count_channels(options)
-    )
-    model = convert_sync_split_batchnorm(
-        model,
-        2 if options.norm.startswith("split") else 1,
+    is_split = options.norm.startswith("split")
+    convert = functools.partial(
+        convert_sync_split_batchnorm,
+        num_splits=2 if is_split else 1,
         share_affine=options.norm == "split-shared-affine",
     )
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(accelerator.device, memory_format=memory_format)
-    optimizer = create_optimizer(options, model, ranks=accelerator.num_processes)
-    ema = create_ema(options, model)
-
+    model, optimizer, ema = prepare_model(options, accelerator, convert)
     images = load_images(options, model)
     dataset = training_set(options, images)
     # Drawn at random, because a set may be sorted by class.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     probe = default_collate([dataset[i] for i in order[:_PROBED].tolist()])
-    if options.torchcompile:
-        model.compile(backend=options.torchcompile)
     model, optimizer, loader, tests, labelled = accelerator.prepare(
         model,
         optimizer,
@@ -146,9 +128,8 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         if options.norm == "labelled-only-test":
             tested = copy.deepcopy(tested)
             update_bn(labelled, tested, accelerator.device)
-        split = 0 if options.norm.startswith("split") else None
-        loss, accuracy = evaluate(accelerator, tested, tests, split=split)
-        by_layer = divergence_by_layer(model, probe, accelerator.device)
+        loss, accuracy = evaluate(accelerator, tested, tests, split=0)
+        by_layer = divergence_by_layer(model, probe, accelerator.device, is_split=is_split)
         return {
             "test_loss": loss,
             "test_accuracy": accuracy,
@@ -206,7 +187,9 @@ def images_of_known_classes(options: argparse.Namespace, images: ImageSets) -> D
     return Subset(images.test, [i for i, c in enumerate(images.test_targets) if c < known])
 
 
-def divergence_by_layer(model: nn.Module, probe: Any, device: torch.device) -> dict[str, float]:
+def divergence_by_layer(
+    model: nn.Module, probe: Any, device: torch.device, *, is_split: bool
+) -> dict[str, float]:
     """Return how far the two parts of a batch are apart where they enter each batch norm, in nats.
 
     Communication:
@@ -215,8 +198,7 @@ def divergence_by_layer(model: nn.Module, probe: Any, device: torch.device) -> d
     labelled, _, unlabelled = probe
     rows = torch.cat([labelled, unlabelled[:, :, 0].flatten(0, 1)]).to(device)
     sizes = (len(labelled), len(rows) - len(labelled))
-    splits = max(getattr(module, "num_splits", 1) for module in model.modules())
-    with assign_splits(model, sizes=sizes) if splits > 1 else contextlib.nullcontext():
+    with assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext():
         found = split_divergence(model, rows, sizes=sizes)
     return {layer: pairs[0, 1] for layer, pairs in found.items()}
 

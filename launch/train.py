@@ -8,7 +8,6 @@ statistics cover that part on all ranks. `python -m launch.train --help` says ho
 import argparse
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from sync_splitbn import convert_sync_split_batchnorm
 from sync_splitbn.data import SplitViews, merge_views
 
-from .images.sets import count_channels, count_classes, load_images
+from .images.sets import load_images
 from .recipe.evaluation import divergence_metrics, evaluate
 from .recipe.loading import test_loader, training_loader
 from .recipe.losses import create_criterion
-from .recipe.models import build_model
-from .recipe.optimization import create_ema, create_optimizer, create_schedule
+from .recipe.optimization import create_schedule
 from .recipe.options import (
     add_augmentation_options,
     add_data_options,
@@ -30,6 +28,7 @@ from .recipe.options import (
     add_run_options,
 )
 from .recipe.parser import Parser
+from .recipe.preparation import memory_format_of, prepare_model
 from .recipe.report import draw_accuracy, draw_divergence, draw_loss, new_figure
 from .recipe.run import Recipe, leave, run_recipe
 from .recipe.trainer import Task
@@ -62,31 +61,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
     """Return data, model, optimizer and schedule: build, load, convert, optimizer, prepare."""
-    model = build_model(
-        options, num_classes=count_classes(options), in_channels=count_channels(options)
-    )
-    if options.split_bn:
-        model = convert_sync_split_batchnorm(model, options.aug_splits)
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    model = model.to(accelerator.device, memory_format=memory_format)
-    optimizer = create_optimizer(options, model, ranks=accelerator.num_processes)
-    ema = create_ema(options, model)
 
+    def convert(model: nn.Module) -> nn.Module:
+        splits = options.aug_splits
+        return convert_sync_split_batchnorm(model, splits) if options.split_bn else model
+
+    model, optimizer, ema = prepare_model(options, accelerator, convert)
     images = load_images(options, model)
     views = SplitViews(
         images.train,
         images.views(max(1, options.aug_splits), resplit=options.resplit),
         seed=options.seed,
     )
-    if options.torchcompile:
-        model.compile(backend=options.torchcompile)
     loader = training_loader(options, accelerator, views)
     tests = test_loader(options, accelerator, images.test)
     model, optimizer, loader, tests = accelerator.prepare(model, optimizer, loader, tests)
     schedule = create_schedule(options, optimizer.optimizer, steps=len(loader))
     # Ranks drop different units, as in timm; the weights and the order are the same.
     set_seed(options.seed, device_specific=True)
-    criterion = create_criterion(options)
+    criterion, memory_format = create_criterion(options), memory_format_of(options)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         rows, labels = merge_views(*batch)  # [S * B, C, H, W], split by split

@@ -29,6 +29,7 @@ _OPTIONS = (
     "affine",
     "share_affine",
     "track_running_stats",
+    "skip_nonfinite_stats",
     "training",
 )
 # What to do about a difference in each part of a description, in their order.

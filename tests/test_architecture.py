@@ -40,6 +40,7 @@ LAUNCH_FLOORS = [
     {"recipe.comparison"},
     {"recipe.run"},
     {"recipe.trainer"},
+    {"recipe.preparation"},
     {"recipe.report", "recipe.evaluation", "recipe.loading", "recipe.losses", "recipe.start"},
     {"recipe.consistency", "recipe.attack"},
     {"recipe.semi_supervised_options", "recipe.advprop_options"},

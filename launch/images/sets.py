@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..recipe.errors import RunError
+from ..recipe.parser import flag_of
 from .augment import RandAugment
 from .digits import MNIST_MEAN, MNIST_STD, Digits, mnist
 from .folders import (
@@ -97,8 +98,7 @@ def load_test_images(options: argparse.Namespace, model: nn.Module | None) -> Da
 def _digits(options: argparse.Namespace) -> ImageSets:
     for name in ("img_size", "crop_pct", "mean", "std"):
         if getattr(options, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise RunError(f"{flag} must come with DATA, got the bundled digits")
+            raise RunError(f"{flag_of(name)} must come with DATA, got the bundled digits")
     mean, std = (MNIST_MEAN,), (MNIST_STD,)
     try:
         policy = RandAugment.parse(options.aa, round(255 * MNIST_MEAN)) if options.aa else None

@@ -10,9 +10,9 @@ from .options import (
 )
 from .parser import Parser
 
-_DIGITS = {"epochs": 3, "batch_size": 64, "warmup_epochs": 1.0, "reprob": 0.0}
 # Grey values of 0 to 255: digits are black and white, and photographs are not.
-_ATTACK = {"digits": {"epsilon": 38.0, "step_size": 16.0}, "data": {"epsilon": 4.0, "step_size": 1}}
+_DATA = {"epsilon": 4.0, "step_size": 1.0}
+_DIGITS = {"epsilon": 38.0, "step_size": 16.0, "epochs": 3, "warmup_epochs": 1.0, "reprob": 0.0}
 _RANGES = {
     "epsilon": (0, 255),
     "step_size": (0, 255),
@@ -30,6 +30,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "Train on clean and adversarial images in one batch, the adversarial ones with batch norms "
         "of their own, and test clean and attacked images through both.",
         digits=_DIGITS,
+        data=_DATA,
+        ranges=_RANGES,
     )
     add_data_options(parser)
     _add_attack_options(parser)
@@ -37,12 +39,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_run_options(parser)
     parser.set_defaults(norm="auxiliary")
     options = parser.parse(arguments)
-    for name, value in _ATTACK["digits" if options.data is None else "data"].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    for name, (low, high) in _RANGES.items():
-        if not low <= getattr(options, name) <= high:
-            parser.refuse(name, f"must be in [{low}, {high}], got {getattr(options, name)}")
     if not 0 < options.adversarial_share <= 1:
         parser.refuse("adversarial_share", f"must be in (0, 1], got {options.adversarial_share}")
     if options.fine_grained and options.aa is None:
@@ -52,20 +48,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _add_attack_options(parser: Parser) -> None:
     group = parser.add_argument_group("adversarial images (projected gradient descent)")
-    digits, data = _ATTACK["digits"], _ATTACK["data"]
     group.add_argument(
         "--epsilon",
         type=float,
         metavar="GREY",
-        help="largest change of a pixel, in grey values of 0 to 255 "
-        f"(default: {digits['epsilon']}; with DATA {data['epsilon']})",
+        help=parser.two_defaults(
+            "epsilon", "largest change of a pixel, in grey values of 0 to 255"
+        ),
     )
     group.add_argument(
         "--step-size",
         type=float,
         metavar="GREY",
-        help="change of a pixel in one step "
-        f"(default: {digits['step_size']}; with DATA {data['step_size']})",
+        help=parser.two_defaults("step_size", "change of a pixel in one step"),
     )
     group.add_argument("--attack-steps", type=int, default=3, metavar="N", help="gradient steps")
     group.add_argument(

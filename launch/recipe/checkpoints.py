@@ -104,7 +104,8 @@ class Checkpoints:
         else:
             chosen = None if resume is None else self._named(Path(resume), present)
         if chosen is not None:
-            self._check(json.loads((chosen / _PROGRESS).read_text())["fingerprint"], chosen)
+            saved = json.loads((chosen / _PROGRESS).read_text())["fingerprint"]
+            refuse_other_run(saved, self.fingerprint, chosen)
         return chosen
 
     def _newest_whole(self, present: list[Path]) -> Path | None:
@@ -132,18 +133,6 @@ class Checkpoints:
                 f"got {chosen}; pass another --output to branch off"
             )
         return chosen
-
-    def _check(self, saved: dict[str, Any], path: Path) -> None:
-        """Refuse a checkpoint of a run that differs in what decides the numbers."""
-        differences = [
-            f"{name} must be {saved.get(name)!r} as in {path}, got {value!r}"
-            for name, value in self.fingerprint.items()
-            if saved.get(name) != value
-        ]
-        if differences:
-            raise RunError(
-                "; ".join(differences) + "; start as saved, or anew with another --output"
-            )
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint named after the number of steps done.
@@ -214,6 +203,23 @@ class Checkpoints:
         if self.ema is not None:
             self.ema.load_state_dict(load_file(path / _EMA))
         return Progress(**json.loads((path / _PROGRESS).read_text())["progress"])
+
+
+def refuse_other_run(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+    """Raise if a saved run differs from this one in what decides the numbers.
+
+    Args:
+        saved: what decides them, by the name the user knows it under.
+        own: the same of this run.
+        path: where the saved one lies.
+    """
+    differences = [
+        f"{name} must be {saved.get(name)!r} as in {path}, got {value!r}"
+        for name, value in own.items()
+        if saved.get(name) != value
+    ]
+    if differences:
+        raise RunError("; ".join(differences) + "; start as saved, or anew with another --output")
 
 
 def damage(checkpoint: Path) -> str | None:

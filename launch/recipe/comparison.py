@@ -9,8 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from .checkpoints import refuse_other_run
 from .errors import RunError
-from .run import Recipe, decisive_arguments, train_once
+from .run import Recipe, as_json, decisive_arguments, train_once
 
 # Variant: the results.json of its runs, one for each seed.
 Results = Mapping[str, Sequence[dict[str, Any]]]
@@ -107,12 +108,8 @@ def _is_complete(options: argparse.Namespace) -> bool:
     results = json.loads(file.read_text()) if file.is_file() else {"status": "absent"}
     if results["status"] != "complete":
         return False
-    for name, value in decisive_arguments(options).items():
-        if results["arguments"].get(name) != value:
-            raise RunError(
-                f"--{name.replace('_', '-')} must be {results['arguments'].get(name)!r} as in "
-                f"{file}, got {value!r}; start as saved, or anew with another --output"
-            )
+    saved, own = (decisive_arguments(each) for each in (results["arguments"], as_json(options)))
+    refuse_other_run(saved, own, file)
     return True
 
 

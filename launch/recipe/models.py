@@ -1,7 +1,9 @@
 """The model of a recipe: a small residual network, or any of timm's, and its weights as files."""
 
 import argparse
+import contextlib
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sync_splitbn import SyncSplitBatchNorm, revert_sync_split_batchnorm
+from sync_splitbn import SyncSplitBatchNorm, assign_splits, revert_sync_split_batchnorm
 
 from .errors import RunError, require_timm
 from .options import SMALL_RESNET
@@ -100,6 +102,20 @@ def build_model(options: argparse.Namespace, *, num_classes: int, in_channels: i
     if options.initial_checkpoint is not None:
         load_state(model, read_weights(options.initial_checkpoint), options.initial_checkpoint)
     return model
+
+
+def forward_parts(model: nn.Module, parts: Sequence[Tensor], *, is_split: bool) -> Tensor:
+    """Return the logits of all parts of a batch, in one pass.
+
+    Args:
+        model: with batch norms of ours.
+        parts: rows of each part, [n, C, H, W].
+        is_split: whether each part has a split of its own; else all share their statistics.
+    """
+    sizes = [len(part) for part in parts]
+    with assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext():
+        logits: Tensor = model(torch.cat(list(parts)))
+    return logits
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

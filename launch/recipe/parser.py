@@ -46,17 +46,30 @@ _DIGITS_DEFAULTS: dict[str, Any] = {
 }
 
 
+def flag_of(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser for one recipe.
 
     Args:
         recipe: name of the module in `launch`.
         description: what the recipe does.
-        digits: defaults for the bundled digits that differ from those of other recipes.
+        digits: defaults for the bundled digits that other recipes have not, or have otherwise.
+        data: the same for images of one's own.
+        ranges: inclusive ranges of the options that are the recipe's own.
     """
 
     def __init__(
-        self, recipe: str, description: str, digits: Mapping[str, Any] | None = None
+        self,
+        recipe: str,
+        description: str,
+        *,
+        digits: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         super().__init__(
             prog=recipe,
@@ -69,6 +82,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
         )
         self.digits = _DIGITS_DEFAULTS | dict(digits or {})
+        self.data = _TIMM_DEFAULTS | {"workers": _workers()} | dict(data or {})
+        self.ranges = _RANGES | dict(ranges or {})
         self.name = recipe.rpartition(".")[2]
 
     def error(self, message: str) -> NoReturn:
@@ -79,8 +94,8 @@ class Parser(argparse.ArgumentParser):
 
     def two_defaults(self, name: str, text: str) -> str:
         """Return a help text with the default of an option, for digits and for DATA."""
-        timm = "0.1 x global batch / 256" if name == "lr" else _TIMM_DEFAULTS[name]
-        return f"{text} (default: {self.digits[name]}; with DATA {timm})"
+        data = "0.1 x global batch / 256" if name == "lr" else self.data[name]
+        return f"{text} (default: {self.digits[name]}; with DATA {data})"
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
         """Read the command line, fill in the defaults and check what all recipes share."""
@@ -101,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check(self, options: argparse.Namespace) -> None:
         """Exit with a message if a number is out of its range."""
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in self.ranges.items():
             value = getattr(options, name, None)
             if value is not None and not low <= value <= high:
                 bounds = f"in [{low}, {high}]" if high < _LARGE else f"at least {low}"
@@ -115,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, name: str, problem: str) -> None:
         """Exit with a message about one option."""
-        self.error(f"--{name.replace('_', '-')} {problem}")
+        self.error(f"{flag_of(name)} {problem}")
 
 
 _LARGE = 2**63

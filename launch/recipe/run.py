@@ -25,7 +25,7 @@ from .failure import clear_causes, reason, report_failure
 from .interruption import EXIT_INTERRUPTED, Interruption
 from .lock import locked
 from .models import plain_copy
-from .parser import INDECISIVE
+from .parser import INDECISIVE, flag_of
 from .report import Column, Report
 from .start import start
 from .trainer import Task, Trainer
@@ -88,11 +88,9 @@ def train_once(recipe: Recipe, options: argparse.Namespace, accelerator: Acceler
     `results.json` says from the beginning to any end how the run stands: running, complete,
     interrupted, or failed with the reason.
     """
-    arguments = {name: _as_json(value) for name, value in vars(options).items()}
+    arguments = as_json(options)
     world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    decisive = {
-        f"--{name.replace('_', '-')}": value for name, value in decisive_arguments(options).items()
-    }
+    decisive = decisive_arguments(arguments)
     header = {"arguments": arguments, "device": accelerator.device.type, **world}
     main = accelerator.is_main_process
     report = Report(options.output, main=main, columns=recipe.columns, header=header)
@@ -169,10 +167,16 @@ def _train(
     return 0
 
 
-def decisive_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that decide the numbers of a run, as results.json holds them."""
+def decisive_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments, as results.json has them, that decide the numbers, by their flags."""
+    return {flag_of(name): value for name, value in arguments.items() if name not in INDECISIVE}
+
+
+def as_json(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as results.json has them."""
     return {
-        name: _as_json(value) for name, value in vars(options).items() if name not in INDECISIVE
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
     }
 
 
@@ -210,7 +214,3 @@ def _last_words(conclusion: str, output: Path, weights: dict[str, str]) -> str:
         "checkpoints": "the last two, to go on from",
     }
     return "\n".join([conclusion, *(f"  {output / name}  {what}" for name, what in files.items())])
-
-
-def _as_json(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "Train on a few labelled images and many unlabelled ones from another domain, and compare "
         "ways to normalize the mixed batch.",
         digits=_DIGITS,
+        ranges=_RANGES,
     )
     add_data_options(parser)
     _add_method_options(parser)
@@ -52,9 +53,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     # Smoothed labels keep the network from being sure of a pseudo-label.
     parser.set_defaults(smoothing=0.0)
     options = parser.parse(arguments)
-    for name, (low, high) in _RANGES.items():
-        if not low <= getattr(options, name) <= high:
-            parser.refuse(name, f"must be in [{low}, {high}], got {getattr(options, name)}")
     if options.method == "fixmatch" and options.aa is None:
         parser.refuse("method", "must come with --aa for the strong view, got fixmatch without")
     return options
