@@ -5,6 +5,7 @@ No other file of the package calls torch.distributed.
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -51,20 +52,61 @@ def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup 
     return group
 
 
+def _found_once(function: Callable[[], T]) -> Callable[[], T]:
+    """Call a function the first time alone; a compiled graph has its answer as a constant."""
+    cached = functools.cache(function)
+
+    def answer() -> T:
+        return cached()
+
+    # As torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds.
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
+
+
+@_found_once
 def _is_alone_in_accelerate() -> bool:
-    """Return whether an `Accelerator` takes this rank for the only one; found out once."""
-    return _is_accelerator_alone()
-
-
-# What torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds.
-_is_alone_in_accelerate._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _is_accelerator_alone() -> bool:
+    """Return whether an `Accelerator` takes this rank for the only one."""
     # A PartialState by itself, as loggers make one, trains nothing: it may say what it likes.
     state: Any = sys.modules.get("accelerate.state")
     return state is not None and state.is_initialized() and state.PartialState().num_processes == 1
+
+
+def check_even_batches() -> None:
+    """Raise at the first training step if accelerate's loader will leave ranks waiting."""
+    problem = _problem_of_loader()
+    if problem is not None:
+        raise RuntimeError(problem)
+
+
+@_found_once
+def _problem_of_loader() -> str | None:
+    """Return what is wrong with the loader that accelerate iterates over, or None."""
+    state: Any = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized() or _waits_for_all:
+        return None
+    loader = state.GradientState().active_dataloader
+    shards: Any = getattr(loader, "batch_sampler", None)
+    # Each rank's part of the batches; other loaders say less about their ends.
+    if getattr(shards, "even_batches", True) or shards.split_batches or shards.drop_last:
+        return None
+    batches, ranks = shards.total_length, shards.num_processes
+    if batches % ranks == 0:
+        return None
+    return (
+        f"accelerate's loader must yield as many batches on each rank, got {batches} batches for "
+        f"{ranks} ranks with even_batches=False, after which some would wait for ever; iterate "
+        "over sync_splitbn.data.until_all_done(loader)"
+    )
+
+
+_waits_for_all = False
+
+
+def expect_uneven_batches() -> None:
+    """Note that `until_all_done` iterates over the loader, so that its end is no problem."""
+    global _waits_for_all
+    _waits_for_all = True
 
 
 def all_reduce_(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -100,8 +100,8 @@ def check_num_splits(num_splits: int) -> None:
 
 def check_eps(eps: float) -> None:
     """Raise unless `eps` is a positive number."""
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
 
 
 def check_sizes(sizes: Sequence[int], num_splits: int) -> tuple[int, ...]:

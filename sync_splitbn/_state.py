@@ -143,12 +143,11 @@ class SplitState(_BatchNorm):
         splits = self._splits()
         return [_all_or_none(name, [_read(stats, name) for stats in splits]) for name in names]
 
-    def _parameters_by_split(self) -> list[list[Tensor]]:
-        """Return the weights and the biases of all splits, [C] each, none without them."""
-        if not self.share_affine:
-            return self._by_split(*PARAMETERS)
-        shared = [_read(self, name) for name in PARAMETERS]
-        return [[] if own is None else [own] * self.num_splits for own in shared]
+    def _parameters_by_split(self) -> list[Any]:
+        """Return the weight and the bias: S tensors [C], or one that is shared, or None."""
+        if self.share_affine:
+            return [_read(self, name) for name in PARAMETERS]
+        return [tensors or None for tensors in self._by_split(*PARAMETERS)]
 
     def _parameter_of_split(self, name: str, split: int) -> Tensor | None:
         """Return the parameter `name` of one split, [C], or None without it."""
@@ -190,8 +189,19 @@ class SplitState(_BatchNorm):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         """Load split 0; complete what the state dict lacks for the auxiliaries."""
+        start = f"{prefix}aux_bn."
+        auxiliaries = {
+            key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)
+        }
+        is_plain = not auxiliaries
+        if not is_plain and len(auxiliaries) != len(self.aux_bn):
+            # With strict=False too, as torch does for other shapes: it is not told apart here.
+            raise RuntimeError(
+                f"state_dict must hold num_splits={self.num_splits} splits of "
+                f"{prefix.rstrip('.') or 'the layer'}, got {1 + len(auxiliaries)}; convert the "
+                f"model with num_splits={1 + len(auxiliaries)}"
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        is_plain = not any(key.startswith(f"{prefix}aux_bn.") for key in state_dict)
         # Version 1 of _BatchNorm had no counter; torch completes that of split 0 by itself.
         is_version_1 = (local_metadata.get("version") or 1) < 2
         for i, stats in enumerate(self.aux_bn):

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ._collectives import check_group, gather_objects, ranks_of, resolve_group
+from ._collectives import (
+    check_group,
+    expect_uneven_batches,
+    gather_objects,
+    ranks_of,
+    resolve_group,
+)
 
 __all__ = ["SplitViews", "merge_views", "until_all_done"]
 
@@ -234,6 +240,7 @@ def until_all_done(loader: Iterable[T], process_group: Any = None) -> Iterator[T
     if group is None:
         yield from loader
         return
+    expect_uneven_batches()
     length = _length(loader)
     lengths = gather_objects(length, group)
     first: Any = None

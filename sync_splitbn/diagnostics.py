@@ -53,8 +53,9 @@ def split_divergence(
         several times has the last.
 
     Raises:
-        ValueError: no layer of `model` has several splits to compare, or `sizes` or `index` does
-            not fit the rows that a layer receives.
+        TypeError: `input` or `index` is no tensor, or `sizes` no sequence.
+        ValueError: `model` or `input` is on meta, no layer of `model` has several splits to
+            compare, or `sizes` or `index` does not fit the rows that a layer receives.
 
     Communication:
         None of its own: running statistics are the same on all ranks, and a batch is compared on
@@ -75,6 +76,8 @@ def split_divergence(
             raise ValueError("sizes and index must come with input, got input=None")
         statistics = _running_statistics(model)
     else:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor [N, ...], got {type(input).__name__}")
         statistics = _batch_statistics(model, input, sizes, index)
     found = {
         path: _divergence_by_pair(*of_layer)
@@ -120,6 +123,7 @@ def _running_statistics(model: nn.Module) -> dict[str, _Statistics]:
     for path, layer in model.named_modules():
         has_statistics = isinstance(layer, SyncSplitBatchNorm) and layer.running_mean is not None
         if has_statistics and layer.num_splits > 1:
+            _check_values(path, layer.running_mean)
             splits: list[Any] = [layer, *layer.aux_bn]
             mean = torch.stack([split.running_mean for split in splits]).double()
             var = torch.stack([split.running_var for split in splits]).double()
@@ -132,9 +136,7 @@ def _batch_statistics(
 ) -> dict[str, _Statistics]:
     """Return the statistics of the parts of a batch at every batch norm, by path."""
     found: dict[str, _Statistics] = {}
-    parts = None
-    if sizes is not None or index is not None:
-        parts = len(sizes) if index is None else int(index.max()) + 1  # type: ignore[arg-type]
+    parts = _number_of_parts(sizes, index)
 
     def observe(path: str, layer: Any, x: Tensor) -> None:
         own_sizes, own_index, num_splits = sizes, index, parts
@@ -144,6 +146,7 @@ def _batch_statistics(
             if assignment is not None:
                 own_sizes, own_index = assignment.rows(x, num_splits)
         if num_splits > 1:
+            _check_values(path, x)
             _, moments = sync_split_batch_norm(
                 x.double(), num_splits, sizes=own_sizes, index=own_index, sync=False
             )
@@ -157,6 +160,28 @@ def _batch_statistics(
                 stack.callback(layer.register_forward_pre_hook(hook).remove)
         model(input)
     return found
+
+
+def _number_of_parts(sizes: Sequence[int] | None, index: Tensor | None) -> int | None:
+    """Return how many parts a batch has, or None where each layer has its own splits."""
+    if index is not None:
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be an integer tensor [N], got {type(index).__name__}")
+        return int(index.max()) + 1 if index.numel() else 1
+    if sizes is None:
+        return None
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
+    return len(sizes)
+
+
+def _check_values(path: str, tensor: Tensor) -> None:
+    """Raise if there is nothing to compare at the layer `path`."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"model must hold values at {path or 'its layer'}, got tensors on meta; "
+            "materialize it by to_empty() and load a state, and give an input with values"
+        )
 
 
 def _pass_input_to(

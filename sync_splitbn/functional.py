@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
-from ._collectives import check_group, resolve_group
+from ._collectives import check_even_batches, check_group, resolve_group
 from ._moments import (
     Moments,
     accumulation_dtype,
@@ -91,13 +91,16 @@ def sync_split_batch_norm(
     check_group(process_group)
     check_eps(eps)
     rows = check_splits(input, num_splits, sizes, index)
+    group = resolve_group(process_group) if sync else None
+    if group is not None:
+        check_even_batches()
     none = [None] * num_splits
     output, values = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
         *rows,
         num_splits,
         eps,
-        resolve_group(process_group) if sync else None,
+        group,
         impl,
         *(_by_split("weight", weight, input, num_splits) or none),
         *(_by_split("bias", bias, input, num_splits) or none),
@@ -147,6 +150,10 @@ def normalize_rows(
 
 def check_input(input: Tensor, num_features: int | None = None) -> None:
     """Raise unless `input` is a floating batch [N, C, ...] with `num_features` channels."""
+    if input.layout != torch.strided:
+        raise TypeError(
+            f"input must be a dense tensor, got layout {input.layout}; convert it by to_dense()"
+        )
     if input.dim() < 2:
         raise ValueError(
             f"input must have at least 2 dimensions [N, C, ...], got shape {tuple(input.shape)}"
@@ -224,7 +231,9 @@ def _by_split(
     shape, dtype, device = input.shape[1:2], accumulation_dtype(input.dtype), input.device
     values = value
     if isinstance(value, Tensor):
-        values = value.unbind() if value.dim() == 2 else [value] * num_splits
+        # Cast once for all splits: the sum of their gradients is rounded once.
+        wide = value.to(dtype) if value.is_floating_point() else value
+        values = wide.unbind() if wide.dim() == 2 else [wide] * num_splits
     shapes = [each.shape for each in values]
     if shapes != [shape] * num_splits:
         got = value.shape if isinstance(value, Tensor) else [list(each) for each in shapes]

@@ -80,7 +80,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
     State dict:
         timm's `SplitBatchNorm2d`: split 0 is `weight`, `bias`, `running_mean`, `running_var` and
         `num_batches_tracked`, split i is `aux_bn.{i-1}.*`. A plain batch norm's state, with no
-        `aux_bn` key, loads into every split.
+        `aux_bn` key, loads into every split. One of another number of splits is refused, with
+        `strict=False` too.
 
     Source:
         Ioffe and Szegedy 2015, arXiv 1502.03167; splits after arXiv 1904.03515 and 1911.09665.
@@ -123,8 +124,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
         output, moments = sync_split_batch_norm(
             input,
             self.num_splits,
-            weights or None,
-            biases or None,
+            weights,
+            biases,
             sizes=sizes,
             index=index,
             eps=self.eps,
@@ -156,8 +157,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             input,
             torch.stack(means),
             torch.stack(variances),
-            weights or None,
-            biases or None,
+            weights,
+            biases,
             sizes=sizes,
             index=index,
             eps=self.eps,

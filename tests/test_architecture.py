@@ -1,6 +1,7 @@
 """The floors of the house: imports point strictly downward, and each subject has one home."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -147,3 +148,10 @@ def test_readme_names_tests_that_exist():
         (path,) = Path(__file__).parent.rglob(file)
         assert f"def {test}(" in path.read_text(), test
     assert not re.search(r"…::?|…_to|{[A-Z]+}", readme), "names are written out"
+
+
+def test_every_mutant_has_its_place_in_the_package():
+    pytest.importorskip("tomllib")
+    mutants = importlib.import_module("mutants")
+    for mutant in mutants.read():
+        mutant.applied((ROOT.parent / mutant.path).read_text())

@@ -144,6 +144,14 @@ def test_model_without_the_layer_is_refused():
             ValueError,
             r"at least 2 dimensions \[N, C, ...\], got shape \(8,\)",
         ),
+        *(
+            (
+                lambda x=x: LAYER(x),
+                TypeError,
+                f"input must be a dense tensor, got layout {x.layout}",
+            )
+            for x in (torch.ones(8, 3).to_sparse(), torch.ones(8, 3, 2, 2).to_mkldnn())
+        ),
         (
             lambda: LAYER(torch.randn(8, 2)),
             ValueError,
@@ -172,8 +180,8 @@ def test_model_without_the_layer_is_refused():
             "process_group must contain this rank",
         ),
         *(
-            (call, ValueError, f"eps must be positive, got {eps}")
-            for eps in (0, -1e-5, float("nan"))
+            (call, ValueError, f"eps must be positive and finite, got {eps}")
+            for eps in (0, -1e-5, float("nan"), float("inf"))
             for call in (
                 lambda eps=eps: SyncSplitBatchNorm(3, eps=eps),
                 lambda eps=eps: sync_split_batch_norm(torch.randn(4, 3), 2, eps=eps),

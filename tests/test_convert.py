@@ -373,7 +373,7 @@ def test_norm_that_would_lose_something_is_refused(norm, message):
     assert_refused(norm(), TypeError, rf"^module 'block\.1' {message}")
 
 
-@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan")])
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan"), float("inf")])
 def test_eps_must_be_positive_in_construction_and_conversion(eps):
     assert_refused(
         nn.BatchNorm2d(4, eps=eps), ValueError, rf"eps must be positive.* got {eps}.*'block\.1'"

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, slice_tensors
-from ranks import Collectives, run_ranks
+from ranks import Collectives, RankError, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -367,6 +367,39 @@ def test_uneven_shards_of_accelerate_end_together(tmp_path):
     # Why the documentation asks for sync_with_dataloader=False: ranks would average apart.
     (_, averaging), (_, averaging_too) = run_ranks(uneven_shards, 2, tmp_path, True)
     assert averaging != averaging_too
+
+
+def stepping(rank, world_size, images, how):
+    """The first training step inside a loader of accelerate that gives rank 0 a batch more."""
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=how == "override")
+    )
+    layer = SyncSplitBatchNorm(3, num_splits=1)
+    model, loader = accelerator.prepare(
+        nn.Sequential(nn.Linear(3, 3), layer), DataLoader(torch.randn(images, 3), batch_size=2)
+    )
+    model = torch.compile(model, backend="eager") if how == "compiled" else model
+    if how == "override":
+        # On GPUs, join_uneven_inputs(model, even_batches=False) does this for its scope.
+        loader.batch_sampler.even_batches = False
+    steps = 0
+    for rows in until_all_done(loader) if how == "until_all_done" else loader:
+        model(rows)
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("how", ["loader", "override", "compiled"])
+def test_loader_that_would_leave_ranks_waiting_is_refused_at_the_first_step(how, tmp_path):
+    with pytest.raises(RankError) as raised:
+        run_ranks(stepping, 2, tmp_path, 9, how)
+    assert "must yield as many batches on each rank, got 5 batches for 2 ranks" in str(raised.value)
+
+
+@pytest.mark.parametrize(("images", "how"), [(9, "until_all_done"), (7, "loader"), (8, "override")])
+def test_loader_whose_ranks_end_together_is_not_refused(images, how, tmp_path):
+    steps = (images + 3) // 4
+    assert run_ranks(stepping, 2, tmp_path, images, how) == [steps, steps]
 
 
 class Streamed(IterableDataset):

@@ -164,6 +164,27 @@ def test_model_without_split_statistics_is_refused(model):
         split_divergence(model)
 
 
+def test_what_holds_no_values_is_refused():
+    meta = SyncSplitBatchNorm(2, device="meta")
+    with pytest.raises(ValueError, match=r"model must hold values at its layer, got .* on meta"):
+        split_divergence(meta)
+    with pytest.raises(ValueError, match=r"model must hold values at 0, got .* on meta"):
+        split_divergence(nn.Sequential(meta), torch.empty(6, 2, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input": [1.0]}, "input must be a tensor .*, got list"),
+        ({"input": torch.ones(2, 3), "index": [0, 1]}, "index must be an integer tensor.*got list"),
+        ({"input": torch.ones(2, 3), "sizes": 2}, "sizes must be a sequence of ints, got 2"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(given, message):
+    with pytest.raises(TypeError, match=message):
+        split_divergence(nn.BatchNorm1d(3), **given)
+
+
 def test_layer_with_one_split_is_left_out():
     model = nn.Sequential(SyncSplitBatchNorm(2, num_splits=1), SyncSplitBatchNorm(2))
     assert [*split_divergence(model)] == ["1"]

@@ -536,10 +536,19 @@ def test_half_missing_checkpoint_is_refused():
     del state["aux_bn.1.running_var"]
     with pytest.raises(RuntimeError, match=r"aux_bn\.1\.running_var"):
         layer.load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r"aux_bn\.1"):
-        layer.load_state_dict(SyncSplitBatchNorm(4, num_splits=2).state_dict())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*aux_bn\.1"):
-        SyncSplitBatchNorm(4, num_splits=2).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize(("own", "given"), [(3, 2), (2, 3), (1, 2)])
+def test_checkpoint_of_another_number_of_splits_is_refused_by_it(own, given):
+    model = nn.Sequential(nn.Linear(3, 4), SyncSplitBatchNorm(4, num_splits=own))
+    state = nn.Sequential(nn.Linear(3, 4), SyncSplitBatchNorm(4, num_splits=given)).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError) as refused:
+            model.load_state_dict(state, strict)
+        assert str(refused.value) == (
+            f"state_dict must hold num_splits={own} splits of 1, got {given}; convert the model "
+            f"with num_splits={given}"
+        )
 
 
 def test_reset_reaches_every_split():
@@ -560,6 +569,14 @@ def test_update_bn_recalibrates_the_split_it_is_given():
     torch.testing.assert_close(layer.aux_bn[0].running_mean, torch.cat(data).mean(0))
     assert layer.running_mean.equal(torch.zeros(3))
     assert layer.momentum == 0.1
+
+
+def test_gradient_of_shared_bfloat16_parameters_is_rounded_once():
+    layer = SyncSplitBatchNorm(1, num_splits=3, share_affine=True, dtype=torch.bfloat16)
+    dy = torch.tensor([256.0, 1.0, 1.0]).repeat_interleave(2).view(6, 1)
+    layer(torch.randn(6, 1)).backward(dy)
+    # Of 512 + 2 + 2, bfloat16 holds steps of 4; each 2 by itself would be lost.
+    assert layer.bias.grad.item() == 516
 
 
 def test_copies_forget_open_contexts_and_pickles_the_group():
