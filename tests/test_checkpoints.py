@@ -81,6 +81,14 @@ def test_checkpoint_of_a_run_with_other_options_is_refused(saved):
         checkpoints_of(saved, **{"--lr": 0.2})._choose("auto")
 
 
+def test_run_may_become_longer_and_not_shorter(tmp_path, capsys):
+    checkpoints_of(tmp_path, **{"--epochs": 2}).save(Progress(losses=[1.0]))
+    assert checkpoints_of(tmp_path, **{"--epochs": 3})._choose("auto") is not None
+    assert capsys.readouterr().out.startswith("extended from 2 to 3 epochs: from here on the")
+    with pytest.raises(RunError, match=r"--epochs must be 2 as in .*, got 1; start as saved"):
+        checkpoints_of(tmp_path, **{"--epochs": 1})._choose("auto")
+
+
 def test_checkpoint_without_this_ranks_random_states_is_refused(saved):
     checkpoints = checkpoints_of(saved)
     checkpoints.accelerator.process_index = 1

@@ -153,6 +153,23 @@ def test_interrupted_and_resumed_run_equals_the_whole_one_bit_for_bit(stop, whol
         assert_equal(state, expected[number])
 
 
+def test_finished_run_is_extended_to_more_epochs(tmp_path):
+    """Ended at rate 0, it goes on at the rate that the longer schedule has there."""
+    options = "--warmup-epochs", "0", "--epochs"
+    _, first = run(tmp_path, 1, "run", *options, "1")
+    before = load_file(tmp_path / "run" / "plain.safetensors")
+    longer = *options, "2", "--resume", "auto"
+    _, results = run(tmp_path, 1, "run", *longer, "--max-steps", "6")
+    after = load_file(tmp_path / "run" / "plain.safetensors")
+    assert not torch.equal(before["head.2.weight"], after["head.2.weight"])
+    _, results = run(tmp_path, 1, "run", *longer)
+    assert results["losses"][:5] == first["losses"]
+    assert (len(results["losses"]), len(results["epochs"])) == (10, 2)
+    assert [row["lr"] for row in results["epochs"]] == pytest.approx([0, 0], abs=1e-9)
+    with pytest.raises(RankError, match=r"--epochs must be 2 as in .*, got 1; start as saved"):
+        run(tmp_path, 1, "run", *options, "1", "--resume", "auto")
+
+
 def last(folder, name):
     return torch.load(folder / "checkpoints" / "step-00000012" / name, weights_only=False)
 

@@ -30,6 +30,8 @@ _PATTERN = "step-????????"
 _PARTIAL = ".partial"
 _DELETED = ".deleted"
 _KEPT = 2
+# A run may be extended.
+_EXTENDED = "--epochs"
 
 
 @dataclass
@@ -106,6 +108,13 @@ class Checkpoints:
         if chosen is not None:
             saved = json.loads((chosen / _PROGRESS).read_text())["fingerprint"]
             refuse_other_run(saved, self.fingerprint, chosen)
+            old, new = (each.get(_EXTENDED) for each in (saved, self.fingerprint))
+            if old != new:
+                print(
+                    f"extended from {old} to {new} epochs: from here on the learning rate follows "
+                    f"the schedule of {new}",
+                    flush=True,
+                )
         return chosen
 
     def _newest_whole(self, present: list[Path]) -> Path | None:
@@ -206,7 +215,7 @@ class Checkpoints:
 
 
 def refuse_other_run(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
-    """Raise if a saved run differs from this one in what decides the numbers.
+    """Raise if a saved run differs from this one in what decides the numbers, but for more epochs.
 
     Args:
         saved: what decides them, by the name the user knows it under.
@@ -216,7 +225,7 @@ def refuse_other_run(saved: dict[str, Any], own: dict[str, Any], path: Path) -> 
     differences = [
         f"{name} must be {saved.get(name)!r} as in {path}, got {value!r}"
         for name, value in own.items()
-        if saved.get(name) != value
+        if saved.get(name) != value and not (name == _EXTENDED and value > saved[name])
     ]
     if differences:
         raise RunError("; ".join(differences) + "; start as saved, or anew with another --output")

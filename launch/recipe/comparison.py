@@ -103,14 +103,15 @@ def _options_of_run(
 
 
 def _is_complete(options: argparse.Namespace) -> bool:
-    """Return whether this very run is complete, or raise if the folder has another one."""
+    """Return whether this run has all its steps, or raise if the folder has another one."""
     file = options.output / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {"status": "absent"}
     if results["status"] != "complete":
         return False
     saved, own = (decisive_arguments(each) for each in (results["arguments"], as_json(options)))
     refuse_other_run(saved, own, file)
-    return True
+    steps: int = results["steps_per_epoch"] * options.epochs
+    return len(results["losses"]) >= min(steps, options.max_steps or steps)
 
 
 def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:

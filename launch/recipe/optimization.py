@@ -85,8 +85,9 @@ def create_schedule(
         )
     except (AssertionError, ValueError) as error:
         raise RunError(f"--sched must be one of timm, got {options.sched}: {error}") from error
-    if schedule is None:
-        raise RunError(f"--sched must be one of timm, got {options.sched}")
+    # timm has none for "none", and "plateau" asks for a metric.
+    if schedule is None or options.sched == "plateau":
+        raise RunError(f"--sched must follow from the step alone, got {options.sched}")
     typed: Schedule = schedule
     return typed
 

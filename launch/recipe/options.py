@@ -113,7 +113,12 @@ def add_optimization_options(
     """Add optimizer, schedule, precision and averaging; `batch` says what the batch size counts."""
     group = parser.add_argument_group("optimization")
     for flags, kind, name, text in (
-        (("--epochs",), int, "epochs", "passes over the training images"),
+        (
+            ("--epochs",),
+            int,
+            "epochs",
+            "passes over the training images; with --resume it may be more than before",
+        ),
         (("-b", batch_flag), int, "batch_size", batch),
         (("--lr",), float, "lr", "highest learning rate, for all ranks together"),
         (("--weight-decay",), float, "weight_decay", "L2 factor, not on biases and batch norms"),

@@ -100,9 +100,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
         """Read the command line, fill in the defaults and check what all recipes share."""
         options = self.parse_args(arguments)
-        defaults = (
-            self.digits if options.data is None else {**_TIMM_DEFAULTS, "workers": _workers()}
-        )
+        defaults = self.digits if options.data is None else self.data
         for name, value in defaults.items():
             if name in options and getattr(options, name) is None:
                 setattr(options, name, value)

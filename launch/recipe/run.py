@@ -122,10 +122,6 @@ def _train(
     accelerator.dataloader_config.data_seed = options.seed
     accelerator.project_configuration.set_directories(str(options.output))
     task = recipe.prepare(options, accelerator)
-    try:
-        check_replicas(task.model)
-    except ValueError as error:
-        raise RunError(str(error)) from error
     checkpoints.ema = None if task.ema is None else task.ema.module
     trainer = Trainer(
         accelerator,
@@ -139,6 +135,10 @@ def _train(
     )
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    try:
+        check_replicas(task.model)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     _start_tracker(accelerator, options.tracker, len(trainer.progress.losses) + 1)
     with Interruption(trainer.describe) as interruption:
         origin = f", from {checkpoint}" if checkpoint else ""

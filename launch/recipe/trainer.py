@@ -97,6 +97,9 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint that `Checkpoints.find` returned."""
         self.progress = self.checkpoints.load(checkpoint)
+        # The rate that was saved is another one if the run is extended to more epochs.
+        self.task.schedule.step(self.progress.epoch)
+        self.task.schedule.step_update(self._steps())
 
     def describe(self) -> str:
         """Return where the run stands, in one line."""

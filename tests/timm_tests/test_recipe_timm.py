@@ -332,6 +332,7 @@ def damaged(folder, tmp_path, kind):
         ),
         ("whole", ["--opt", "sgdx"], r"--opt must be sgd or one of timm, got sgdx: .*"),
         ("whole", ["--sched", "never"], r"--sched must be one of timm, got never.*"),
+        ("whole", ["--sched", "plateau"], r"--sched must follow from the step alone, got plateau"),
         ("whole", ["--mean", "0.5"], r"--mean must hold one number for each of 3 bands, got .*"),
     ],
 )
