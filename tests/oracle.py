@@ -55,12 +55,15 @@ def forward(
             continue
         state.num_batches_tracked[s] += 1
         step = momentum if momentum is not None else 1 / state.num_batches_tracked[s].item()
-        mean, var = state.running_mean[s], state.running_var[s]
-        if count == 1:
-            mean.lerp_(part.detach().flatten(), step)
-            normal[mine] = part - part
+        dims = (0, *range(2, part.dim()))
+        with torch.no_grad():
+            state.running_mean[s].lerp_(part.mean(dims), step)
+            if count > 1:
+                state.running_var[s].lerp_(part.var(dims, unbiased=True), step)
+        if count > 1:
+            normal[mine] = F.batch_norm(part, None, None, training=True, eps=eps)
         else:
-            normal[mine] = F.batch_norm(part, mean, var, training=True, momentum=step, eps=eps)
+            normal[mine] = part - part
     shape = (len(x), x.shape[1], *(1 for _ in x.shape[2:]))
     weight, bias = state.weight[rank, split], state.bias[rank, split]
     return normal * weight.view(shape) + bias.view(shape)

@@ -168,6 +168,16 @@ def test_model_without_the_layer_is_refused():
             "num_splits must be at least 1, got 0",
         ),
         (
+            lambda: SyncSplitBatchNorm(3, num_splits=True),
+            TypeError,
+            "num_splits must be an int, got bool",
+        ),
+        (
+            lambda: sync_split_batch_norm(torch.ones(4, 3), 2, torch.ones(3, device="meta")),
+            ValueError,
+            "weight must be on the device of input, cpu, got meta; move the layer there",
+        ),
+        (
             lambda: SyncSplitBatchNorm(3, process_group="nccl"),
             TypeError,
             "process_group must be .*got str",

@@ -573,10 +573,9 @@ def test_update_bn_recalibrates_the_split_it_is_given():
 
 def test_gradient_of_shared_bfloat16_parameters_is_rounded_once():
     layer = SyncSplitBatchNorm(1, num_splits=3, share_affine=True, dtype=torch.bfloat16)
-    dy = torch.tensor([256.0, 1.0, 1.0]).repeat_interleave(2).view(6, 1)
-    layer(torch.randn(6, 1)).backward(dy)
-    # Of 512 + 2 + 2, bfloat16 holds steps of 4; each 2 by itself would be lost.
-    assert layer.bias.grad.item() == 516
+    layer(torch.randn(6, 1)).backward(torch.full((6, 1), 128.5))
+    # 771 becomes 772; each split's 257 by itself would become 256, and the sum 768.
+    assert layer.bias.grad.item() == 772
 
 
 def test_copies_forget_open_contexts_and_pickles_the_group():

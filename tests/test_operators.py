@@ -898,6 +898,14 @@ def test_index_without_its_storage_is_refused(kept_bytes):
         sync_split_batch_norm(torch.randn(8, 3), 2, index=index)
 
 
+@isolated
+def test_index_whose_end_lies_behind_its_storage_is_refused():
+    index = torch.zeros(10, dtype=torch.int64)[2:]
+    index.untyped_storage().resize_(64)
+    with pytest.raises(RuntimeError, match="index must have storage for its 8 elements, got 64"):
+        sync_split_batch_norm(torch.randn(8, 3), 2, index=index)
+
+
 @pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize(
     "name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]

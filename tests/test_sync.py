@@ -10,6 +10,7 @@ from ranks import Collectives, run_ranks
 from torch import nn
 
 from sync_splitbn import SyncSplitBatchNorm, assign_splits, frozen_stats, sync_group
+from sync_splitbn._collectives import differentiable_all_reduce
 
 SHAPE = (5, 3, 4)  # C, H, W
 STEPS = 3
@@ -230,6 +231,9 @@ def grouped(rank, world_size):
     assert copy.copy(layer).process_group is group
     with pytest.raises(TypeError, match="size must be an int, got float"):
         sync_group(2.0)
+    for size in (0, -2, 3):
+        with pytest.raises(ValueError, match=f"size must divide the world size 4, got {size}"):
+            sync_group(size)
     torch.distributed.destroy_process_group()
     with pytest.raises(RuntimeError, match="must be initialized to sum over a process_group"):
         layer(x)
@@ -276,6 +280,20 @@ def ddp_in_eval_mode(rank, world_size):
     for _ in range(3):  # the reducer complains at the step after a parameter got no gradient
         wrapped(torch.randn(4, 5)).sum().backward()
     return model.aux_bn[1].weight.grad
+
+
+def summed(rank, world_size):
+    packed = torch.ones(2, 3, requires_grad=True)
+    total = differentiable_all_reduce(packed, torch.distributed.group.WORLD)
+    grad = torch.arange(6.0).view(3, 2).t()
+    total.backward(grad * (rank + 1))
+    return packed.grad
+
+
+def test_gradient_of_the_sum_over_ranks_may_be_strided(tmp_path):
+    """Of second derivatives autograd brings gradients in any layout; gloo takes one."""
+    for grad in run_ranks(summed, 2, tmp_path):
+        assert grad.equal(3 * torch.arange(6.0).view(3, 2).t())
 
 
 def test_fine_tuning_in_evaluation_leaves_no_parameter_without_gradient(tmp_path):
