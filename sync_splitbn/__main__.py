@@ -8,8 +8,8 @@ import warnings
 import torch
 
 from . import __version__, _kernels
+from ._moments import COMPILED_TYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKAGES = ("torch", "triton", "accelerate", "timm")
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 def _report(device: torch.device, title: str, compiled: str) -> None:
     """Print who serves each type on a device with impl=None."""
     print(f"{title}:")
-    for dtype in DTYPES:
+    for dtype in COMPILED_TYPES:
         x = torch.empty(0, 1, dtype=dtype, device=device)
         # The reason is printed below, where the warning would say it.
         with warnings.catch_warnings():

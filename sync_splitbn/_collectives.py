@@ -3,9 +3,10 @@
 No other file of the package calls torch.distributed.
 """
 
-import functools
+import contextlib
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -52,61 +53,68 @@ def resolve_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup 
     return group
 
 
-def _found_once(function: Callable[[], T]) -> Callable[[], T]:
-    """Call a function the first time alone; a compiled graph has its answer as a constant."""
-    cached = functools.cache(function)
-
-    def answer() -> T:
-        return cached()
-
-    # As torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds.
-    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return answer
+def _constant_when_compiled(function: Callable[[], T]) -> Callable[[], T]:
+    """Have Dynamo call a function when it traces, and take the answer for a constant."""
+    # As torch.compiler.assume_constant_result does, which imports Dynamo, and that takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
-@_found_once
+_is_accelerate_right = False
+
+
+@_constant_when_compiled
 def _is_alone_in_accelerate() -> bool:
-    """Return whether an `Accelerator` takes this rank for the only one."""
-    # A PartialState by itself, as loggers make one, trains nothing: it may say what it likes.
+    """Return whether an `Accelerator` takes this rank for the only one; asked until it does not."""
+    global _is_accelerate_right
+    if not _is_accelerate_right:
+        # A PartialState by itself, as loggers make one, trains nothing: it may say what it likes.
+        state: Any = sys.modules.get("accelerate.state")
+        has_accelerator = state is not None and state.is_initialized()
+        _is_accelerate_right = not has_accelerator or state.PartialState().num_processes > 1
+    return not _is_accelerate_right
+
+
+_generators_at_work = 0
+_is_loader_known = False
+
+
+@contextlib.contextmanager
+def ends_may_differ() -> Iterator[None]:
+    """Allow loaders to end when they like, because `until_all_done` is at work."""
+    global _generators_at_work
+    _generators_at_work += 1
+    try:
+        yield
+    finally:
+        _generators_at_work -= 1
+
+
+@_constant_when_compiled
+def warn_of_uneven_batches() -> None:
+    """Warn if the first loader of accelerate in which a layer trains ends earlier on some ranks."""
+    global _is_loader_known
     state: Any = sys.modules.get("accelerate.state")
-    return state is not None and state.is_initialized() and state.PartialState().num_processes == 1
-
-
-def check_even_batches() -> None:
-    """Raise at the first training step if accelerate's loader will leave ranks waiting."""
-    problem = _problem_of_loader()
-    if problem is not None:
-        raise RuntimeError(problem)
-
-
-@_found_once
-def _problem_of_loader() -> str | None:
-    """Return what is wrong with the loader that accelerate iterates over, or None."""
-    state: Any = sys.modules.get("accelerate.state")
-    if state is None or not state.is_initialized() or _waits_for_all:
-        return None
+    if _is_loader_known or _generators_at_work or state is None or not state.is_initialized():
+        return
     loader = state.GradientState().active_dataloader
+    if loader is None:
+        return
+    _is_loader_known = True
     shards: Any = getattr(loader, "batch_sampler", None)
-    # Each rank's part of the batches; other loaders say less about their ends.
+    if not hasattr(shards, "even_batches"):
+        # skip_first_batches wraps it; other loaders say less about their ends.
+        shards = getattr(shards, "batch_sampler", None)
     if getattr(shards, "even_batches", True) or shards.split_batches or shards.drop_last:
-        return None
+        return
     batches, ranks = shards.total_length, shards.num_processes
-    if batches % ranks == 0:
-        return None
-    return (
-        f"accelerate's loader must yield as many batches on each rank, got {batches} batches for "
-        f"{ranks} ranks with even_batches=False, after which some would wait for ever; iterate "
-        "over sync_splitbn.data.until_all_done(loader)"
-    )
-
-
-_waits_for_all = False
-
-
-def expect_uneven_batches() -> None:
-    """Note that `until_all_done` iterates over the loader, so that its end is no problem."""
-    global _waits_for_all
-    _waits_for_all = True
+    if batches % ranks:
+        warnings.warn(
+            f"accelerate's loader must yield as many batches on each rank, got {batches} batches "
+            f"for {ranks} ranks and even_batches=False: at its end some ranks wait for ever; "
+            "iterate over sync_splitbn.data.until_all_done(loader)",
+            stacklevel=2,
+        )
 
 
 def all_reduce_(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -200,7 +208,7 @@ def sync_group(size: int) -> dist.ProcessGroup:
             "torch.distributed must be initialized before sync_group, got no process group; "
             "create accelerate's Accelerator or call init_process_group first"
         )
-    if not isinstance(size, int):
+    if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"size must be an int, got {type(size).__name__}")
     world_size = dist.get_world_size()
     if size < 1 or world_size % size:

@@ -15,6 +15,9 @@ Index: TypeAlias = Tensor | None
 Sizes: TypeAlias = Sequence[int] | None
 Tensors: TypeAlias = Sequence[Tensor]
 
+# Of elements, for which there are compiled kernels.
+COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass
 class Moments:
@@ -48,9 +51,10 @@ class Moments:
         count = self.values[:, -1:]
         return self.var * (count / (count - 1).clamp(min=1))
 
-    def without_nonfinite(self) -> "Moments":
-        """Return moments in which a split with a value that is not finite is empty."""
-        is_finite = self.values.isfinite().all(dim=1, keepdim=True)
+    def without_nonfinite(self, dtype: torch.dtype) -> "Moments":
+        """Return moments in which a split is empty if its statistics are not finite in `dtype`."""
+        stored = torch.cat([self.mean, self.unbiased_var], dim=1).to(dtype)
+        is_finite = stored.isfinite().all(dim=1, keepdim=True)
         return Moments(torch.where(is_finite, self.values, 0))
 
     def invstd(self, eps: float) -> Tensor:
@@ -100,6 +104,8 @@ def check_num_splits(num_splits: int) -> None:
 
 def check_eps(eps: float) -> None:
     """Raise unless `eps` is a positive number."""
+    if not isinstance(eps, (int, float, torch.SymFloat)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be positive and finite, got {eps}")
 
@@ -134,13 +140,20 @@ def check_tensors(
             )
 
 
-def check_storage(name: str, tensor: Tensor) -> None:
-    """Raise if the memory of a tensor on the CPU was freed, which not all operators notice."""
-    if not tensor.is_cpu or not tensor.numel() or torch.compiler.is_compiling():
-        return
+def has_storage(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor on the CPU reaches to its last element."""
+    # Other kinds of tensor may have no storage to ask.
+    is_ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not (is_ordinary and tensor.is_cpu and tensor.numel()) or torch.compiler.is_compiling():
+        return True
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    if tensor.untyped_storage().nbytes() < end:
+    return tensor.untyped_storage().nbytes() >= end
+
+
+def check_storage(name: str, tensor: Tensor) -> None:
+    """Raise if the memory of a tensor on the CPU was freed, which not all operators notice."""
+    if not has_storage(tensor):
         raise RuntimeError(
             f"{name} must have storage for its {tensor.numel()} elements, "
             f"got {tensor.untyped_storage().nbytes()} bytes; it was freed or resized"

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ._collectives import check_group
-from ._moments import check_eps, check_num_splits
+from ._moments import check_eps, check_num_splits, check_storage
 
 PARAMETERS = ("weight", "bias")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -135,8 +135,9 @@ class SplitState(_BatchNorm):
     def _splits(self) -> list[Any]:
         """Return the modules that hold the splits' buffers: the layer, then its auxiliaries."""
         # Asked twice a step: nn.Module and nn.ModuleList take ten times as long to tell.
-        auxiliaries: Any = self._modules["aux_bn"]
-        return [self, *auxiliaries._modules.values()]
+        auxiliaries: Any = self._modules.get("aux_bn")
+        # The constructor of the base class asks before there are any.
+        return [self] if auxiliaries is None else [self, *auxiliaries._modules.values()]
 
     def _by_split(self, *names: str) -> list[list[Tensor]]:
         """Return the parameters or buffers of each name, one a split, or none where all lack it."""
@@ -157,6 +158,8 @@ class SplitState(_BatchNorm):
         if torch.is_grad_enabled():
             # Other splits get zero gradients, not None: DDP waits for every parameter.
             (every,) = self._by_split(name)
+            for each in every:
+                check_storage(name, each)
             return torch.stack(every)[split]
         return own if split == 0 else getattr(self.aux_bn[split - 1], name)
 
@@ -164,8 +167,7 @@ class SplitState(_BatchNorm):
         """Set every split's running mean to 0, variance to 1 and counter to 0."""
         if not self.track_running_stats:
             return
-        # The constructor of the base class calls this before `aux_bn` exists.
-        for stats in (self, *getattr(self, "aux_bn", ())):
+        for stats in self._splits():
             stats.running_mean.zero_()
             stats.running_var.fill_(1)
             if stats.num_batches_tracked is not None:
@@ -174,7 +176,7 @@ class SplitState(_BatchNorm):
     def reset_parameters(self) -> None:
         """Reset the running statistics; set every split's weight to 1 and bias to 0."""
         super().reset_parameters()
-        for stats in getattr(self, "aux_bn", ()):
+        for stats in self._splits()[1:]:
             for name, value in (("weight", 1.0), ("bias", 0.0)):
                 parameter = getattr(stats, name, None)
                 if parameter is not None:
@@ -188,29 +190,35 @@ class SplitState(_BatchNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Load split 0; complete what the state dict lacks for the auxiliaries."""
+        """Load split 0; the whole state of a plain batch norm fills every split."""
+        # What is given, before torch adds the counter that version 1 of batch norm had not.
+        own = {n: state_dict[prefix + n] for n in PARAMETERS + BUFFERS if prefix + n in state_dict}
+        is_whole = all(n in own or getattr(self, n) is None for n in PARAMETERS + BUFFERS[:2])
         start = f"{prefix}aux_bn."
-        auxiliaries = {
-            key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)
-        }
-        is_plain = not auxiliaries
-        if not is_plain and len(auxiliaries) != len(self.aux_bn):
-            # With strict=False too, as torch does for other shapes: it is not told apart here.
-            raise RuntimeError(
-                f"state_dict must hold num_splits={self.num_splits} splits of "
-                f"{prefix.rstrip('.') or 'the layer'}, got {1 + len(auxiliaries)}; convert the "
-                f"model with num_splits={1 + len(auxiliaries)}"
-            )
+        keys = [key.removeprefix(start) for key in state_dict if key.startswith(start)]
+        if is_whole and keys:
+            self._check_number_of_splits(prefix, {key.partition(".")[0] for key in keys})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        # Version 1 of _BatchNorm had no counter; torch completes that of split 0 by itself.
         is_version_1 = (local_metadata.get("version") or 1) < 2
         for i, stats in enumerate(self.aux_bn):
-            for name in stats.state_dict():
-                is_missing = is_plain or (is_version_1 and name == "num_batches_tracked")
-                if is_missing and prefix + name in state_dict:
+            for name, kept in stats.state_dict().items():
+                value = own.get(name) if is_whole and not keys else None
+                if value is None and is_version_1 and name == "num_batches_tracked":
+                    value = kept
+                if isinstance(value, Tensor):
                     # A clone: load_state_dict(assign=True) keeps the tensor that it is given.
-                    value = state_dict[prefix + name].clone()
-                    state_dict.setdefault(f"{prefix}aux_bn.{i}.{name}", value)
+                    state_dict.setdefault(f"{start}{i}.{name}", value.clone())
+
+    def _check_number_of_splits(self, prefix: str, auxiliaries: set[str]) -> None:
+        """Raise if a state has the auxiliaries 0, 1 and so on of another number of splits."""
+        given = len(auxiliaries)
+        # With strict=False too, as torch does for other shapes: it is not told apart here.
+        if given != len(self.aux_bn) and auxiliaries == {str(i) for i in range(given)}:
+            raise RuntimeError(
+                f"state_dict must hold num_splits={self.num_splits} splits of module "
+                f"{prefix.rstrip('.')!r}, got {1 + given}; convert the model with "
+                f"num_splits={1 + given}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be pickled or is temporary: process group, active contexts."""
@@ -223,13 +231,14 @@ class SplitState(_BatchNorm):
     def __copy__(self) -> "SplitState":
         """Copy shallowly; the copy has the same process group."""
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(SplitState.__getstate__(self), process_group=self.process_group)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SplitState":
         """Copy deeply; the copy has the same process group, which cannot be copied."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        # Not by self: a parametrized layer refuses to be pickled there, and may be copied.
+        twin.__dict__.update(copy.deepcopy(SplitState.__getstate__(self), memo))
         twin.process_group = self.process_group
         return twin

@@ -9,12 +9,12 @@ import sys
 import warnings
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._collectives import check_group
-from ._moments import check_eps, check_num_splits
+from ._moments import check_eps, check_num_splits, has_storage
 from ._state import BUFFERS, PARAMETERS, Auxiliary
 from .layer import SyncSplitBatchNorm, SyncSplitBatchNormAct
 
@@ -110,7 +110,8 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
         `SplitBatchNorm2d` is `nn.BatchNorm2d`, or `BatchNormAct2d` if it has an activation.
 
     Raises:
-        TypeError: `module` is no module, or a layer in it was not made by the converter.
+        TypeError: `module` is no module, or a layer in it was not made by the converter, or is
+            parametrized. After any of these errors, no layer has been reverted.
         ValueError: a layer has no such split.
         RuntimeError: the model is wrapped by DataParallel, DDP or FSDP.
 
@@ -140,6 +141,9 @@ def revert_sync_split_batchnorm(module: nn.Module, split: int = 0) -> nn.Module:
                 f"{_describe(path)} must have been converted from a plain batch norm, got a "
                 "SyncSplitBatchNorm from its constructor; build with nn.BatchNorm and convert that"
             )
+        _check_parameters(path, layer)
+        if split > 0 and not layer.share_affine:
+            _check_parameters(f"{path}.aux_bn.{split - 1}".lstrip("."), layer.aux_bn[split - 1])
     for layer in layers.values():
         _revert(layer, split)
     if not layers:
@@ -189,8 +193,9 @@ def _check_convertible(path: str, norm: _BatchNorm, num_splits: int, share_affin
         _check_methods_and_state(path, norm)
     try:
         check_eps(norm.eps)
-    except ValueError as error:
-        raise ValueError(f"{error} in {_describe(path)}") from None
+        check_group(getattr(norm, "process_group", None))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, in {_describe(path)}") from None
 
 
 def _check_splits(path: str, norm: _BatchNorm, num_splits: int, share_affine: bool) -> None:
@@ -235,11 +240,7 @@ def _check_methods_and_state(path: str, norm: _BatchNorm) -> None:
             f"{_describe(path)} must know its number of features, got {kind}; "
             "run one batch through the model first"
         )
-    if not set(PARAMETERS) <= norm._parameters.keys():
-        raise TypeError(
-            f"{_describe(path)} must hold weight and bias as parameters, got a parametrized "
-            f"{kind}; remove the parametrization, convert, and register it again"
-        )
+    _check_parameters(path, norm)
     redefined = _redefined_methods(norm)
     if redefined:
         raise TypeError(
@@ -252,22 +253,30 @@ def _check_methods_and_state(path: str, norm: _BatchNorm) -> None:
             f"{_describe(path)} must have both drop and act or neither, got one of them; "
             "set the other to nn.Identity()"
         )
-    for name in PARAMETERS + BUFFERS[:2]:
+    for name in PARAMETERS + BUFFERS:
         value = getattr(norm, name)
         if value is None:
             continue
-        # Other kinds of tensor may have no storage.
-        is_ordinary = type(value) in (Tensor, nn.Parameter) and value.numel() > 0
-        if is_ordinary and value.untyped_storage().nbytes() == 0:
+        if not has_storage(value):
             raise ValueError(
                 f"{name} must have memory in {_describe(path)}, got a tensor whose storage was "
                 "freed; restore it first"
             )
-        if value.shape != (norm.num_features,):
+        if name in PARAMETERS + BUFFERS[:2] and value.shape != (norm.num_features,):
             raise ValueError(
                 f"{name} must have shape [num_features] = [{norm.num_features}] in "
                 f"{_describe(path)}, got {list(value.shape)}; set num_features to the true number"
             )
+
+
+def _check_parameters(path: str, norm: nn.Module) -> None:
+    """Raise if weight or bias is computed from other parameters, which have other names."""
+    if not set(PARAMETERS) <= norm._parameters.keys():
+        raise TypeError(
+            f"{_describe(path)} must hold weight and bias as parameters, got a parametrized "
+            f"{type(norm).__name__}; remove the parametrization, convert or revert, and register "
+            "it again"
+        )
 
 
 def _redefined_methods(norm: _BatchNorm) -> list[str]:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ._collectives import (
     check_group,
-    expect_uneven_batches,
+    ends_may_differ,
     gather_objects,
     ranks_of,
     resolve_group,
@@ -81,7 +81,8 @@ class SplitViews(Dataset[tuple[Tensor, Any]]):
             raise ValueError("transforms must hold one function for each split, got none")
         self.dataset = dataset
         self.transforms = tuple(transforms)
-        self.seed = seed
+        # NumPy's integers are others in the text from which generators are seeded.
+        self.seed = None if seed is None else operator.index(seed)
         # In shared memory, so that workers that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()
@@ -236,11 +237,12 @@ def until_all_done(loader: Iterable[T], process_group: Any = None) -> Iterator[T
         [[1.0, 1.0], [1.0]]
     """
     check_group(process_group)
-    group = resolve_group(process_group)
-    if group is None:
-        yield from loader
-        return
-    expect_uneven_batches()
+    with ends_may_differ():
+        yield from _until_all_done(loader, resolve_group(process_group))
+
+
+def _until_all_done(loader: Iterable[T], group: Any) -> Iterator[T]:
+    """Do what `until_all_done` does; a group of None is this rank alone."""
     length = _length(loader)
     lengths = gather_objects(length, group)
     first: Any = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._moments import check_storage
 from .functional import sync_split_batch_norm
 from .layer import SyncSplitBatchNorm
 
@@ -53,7 +54,7 @@ def split_divergence(
         several times has the last.
 
     Raises:
-        TypeError: `input` or `index` is no tensor, or `sizes` no sequence.
+        TypeError: `model` is no module, `input` or `index` no tensor, or `sizes` no sequence.
         ValueError: `model` or `input` is on meta, no layer of `model` has several splits to
             compare, or `sizes` or `index` does not fit the rows that a layer receives.
 
@@ -71,6 +72,8 @@ def split_divergence(
         >>> {pair: round(value, 3) for pair, value in split_divergence(layer)[""].items()}
         {(0, 1): 1.0}
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if input is None:
         if sizes is not None or index is not None:
             raise ValueError("sizes and index must come with input, got input=None")
@@ -85,7 +88,7 @@ def split_divergence(
         if (of_layer := statistics.get(path)) is not None
     }
     if found and not any(found.values()):
-        raise ValueError("sizes or index must give rows to 2 parts or more, got fewer")
+        raise ValueError(_TOO_FEW_PARTS)
     if not found:
         raise ValueError(
             "model must contain a SyncSplitBatchNorm with 2 or more splits and running statistics, "
@@ -113,6 +116,7 @@ def plot_split_divergence(divergence: Divergence, axes: Any) -> None:
     axes.legend(frameon=False)
 
 
+_TOO_FEW_PARTS = "sizes or index must give rows to 2 parts or more, got fewer"
 # Mean and variance with eps, [S, C] each, and which splits have any values.
 _Statistics: TypeAlias = tuple[Tensor, Tensor, list[bool]]
 
@@ -121,12 +125,13 @@ def _running_statistics(model: nn.Module) -> dict[str, _Statistics]:
     """Return the running statistics of every layer with several splits, by path."""
     found = {}
     for path, layer in model.named_modules():
-        has_statistics = isinstance(layer, SyncSplitBatchNorm) and layer.running_mean is not None
-        if has_statistics and layer.num_splits > 1:
-            _check_values(path, layer.running_mean)
-            splits: list[Any] = [layer, *layer.aux_bn]
-            mean = torch.stack([split.running_mean for split in splits]).double()
-            var = torch.stack([split.running_var for split in splits]).double()
+        if not isinstance(layer, SyncSplitBatchNorm) or layer.num_splits == 1:
+            continue
+        means, variances = layer._means_and_variances()
+        for tensor in means + variances:
+            _check_values(path, tensor)
+        if means:
+            mean, var = torch.stack(means).double(), torch.stack(variances).double()
             found[path] = mean, var + layer.eps, [True] * layer.num_splits
     return found
 
@@ -157,22 +162,28 @@ def _batch_statistics(
         for path, layer in model.named_modules():
             if isinstance(layer, _BatchNorm):
                 hook = functools.partial(_pass_input_to, functools.partial(observe, path))
-                stack.callback(layer.register_forward_pre_hook(hook).remove)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
         model(input)
     return found
 
 
 def _number_of_parts(sizes: Sequence[int] | None, index: Tensor | None) -> int | None:
     """Return how many parts a batch has, or None where each layer has its own splits."""
-    if index is not None:
-        if not isinstance(index, Tensor):
-            raise TypeError(f"index must be an integer tensor [N], got {type(index).__name__}")
-        return int(index.max()) + 1 if index.numel() else 1
-    if sizes is None:
-        return None
-    if not isinstance(sizes, Sequence):
-        raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
-    return len(sizes)
+    if index is None:
+        if sizes is None:
+            return None
+        if not isinstance(sizes, Sequence):
+            raise TypeError(f"sizes must be a sequence of ints, got {sizes!r}")
+        number = len(sizes)
+    else:
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be an integer tensor [N], got {got}")
+        number = int(index.max()) + 1 if index.numel() and not index.is_meta else 0
+    if number < 2:
+        raise ValueError(_TOO_FEW_PARTS)
+    return number
 
 
 def _check_values(path: str, tensor: Tensor) -> None:
@@ -182,26 +193,42 @@ def _check_values(path: str, tensor: Tensor) -> None:
             f"model must hold values at {path or 'its layer'}, got tensors on meta; "
             "materialize it by to_empty() and load a state, and give an input with values"
         )
+    check_storage(f"each tensor at {path or 'the layer'}", tensor)
 
 
 def _pass_input_to(
-    observe: Callable[[nn.Module, Tensor], None], layer: nn.Module, args: tuple[Tensor, ...]
+    observe: Callable[[nn.Module, Tensor], None],
+    layer: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
 ) -> None:
     """Give `observe` what a layer is called with."""
-    observe(layer, args[0])
+    observe(layer, next(iter((*args, *kwargs.values()))))
 
 
 @contextlib.contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
     """Put all buffers of a model and the random states back afterwards."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
+    before = [
+        (module, name, buffer, _clone(name, buffer))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {buffer.device for _, _, buffer, _ in before if buffer.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
-            for buffer, value in before:
+            for module, name, buffer, value in before:
+                # The model may have put another tensor there.
+                module._buffers[name] = buffer
                 buffer.copy_(value)
+
+
+def _clone(name: str, buffer: Tensor) -> Tensor:
+    check_storage(name, buffer)
+    return buffer.clone()
 
 
 def _divergence_by_pair(

@@ -1,6 +1,6 @@
 """The operation as a function: checks what it is given, finds the group, computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _kernels
 from ._autograd import SyncSplitBatchNormFunction
-from ._collectives import check_even_batches, check_group, resolve_group
+from ._collectives import check_group, resolve_group, warn_of_uneven_batches
 from ._moments import (
     Moments,
     accumulation_dtype,
@@ -93,7 +93,7 @@ def sync_split_batch_norm(
     rows = check_splits(input, num_splits, sizes, index)
     group = resolve_group(process_group) if sync else None
     if group is not None:
-        check_even_batches()
+        warn_of_uneven_batches()
     none = [None] * num_splits
     output, values = SyncSplitBatchNormFunction.apply(  # type: ignore[no-untyped-call]
         input,
@@ -102,8 +102,8 @@ def sync_split_batch_norm(
         eps,
         group,
         impl,
-        *(_by_split("weight", weight, input, num_splits) or none),
-        *(_by_split("bias", bias, input, num_splits) or none),
+        *(_checked("weight", weight, input, num_splits) or none),
+        *(_checked("bias", bias, input, num_splits) or none),
     )
     return output, Moments(values)
 
@@ -126,8 +126,8 @@ def update_running_stats(
 
 def normalize_rows(
     input: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    means: Sequence[Tensor],
+    vars: Sequence[Tensor],
     weight: Tensor | Sequence[Tensor] | None,
     bias: Tensor | Sequence[Tensor] | None,
     *,
@@ -135,21 +135,25 @@ def normalize_rows(
     index: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Normalize each row by given statistics of its split, [S, C]: evaluation with mixed rows."""
-    num_splits = mean.shape[0]
+    """Normalize each row by given statistics of its split, S of [C]: evaluation with mixed rows."""
+    num_splits = len(means)
+    rows = check_splits(input, num_splits, sizes, index)
+    weights = _checked("weight", weight, input, num_splits)
+    biases = _checked("bias", bias, input, num_splits)
+    state = {"running_mean": means, "running_var": vars, "weight": weights, "bias": biases}
+    for name, tensors in state.items():
+        for each in tensors:
+            check_storage(name, each)
+    mean, var = torch.stack(list(means)), torch.stack(list(vars))
+    moments = torch.cat([mean, var, mean.new_ones(num_splits, 1)], dim=1).double()
     # ATen's, because autograd differentiates them.
-    return _kernels.choose("aten", input).normalize(
-        input,
-        *check_splits(input, num_splits, sizes, index),
-        torch.cat([mean, var, mean.new_ones(num_splits, 1)], dim=1).double(),
-        _by_split("weight", weight, input, num_splits),
-        _by_split("bias", bias, input, num_splits),
-        eps,
-    )
+    return _kernels.choose("aten", input).normalize(input, *rows, moments, weights, biases, eps)
 
 
 def check_input(input: Tensor, num_features: int | None = None) -> None:
     """Raise unless `input` is a floating batch [N, C, ...] with `num_features` channels."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
     if input.layout != torch.strided:
         raise TypeError(
             f"input must be a dense tensor, got layout {input.layout}; convert it by to_dense()"
@@ -222,18 +226,25 @@ def _check_index(input: Tensor, num_splits: int, index: Tensor) -> Tensor:
     return index
 
 
-def _by_split(
+def _checked(
     name: str, value: Tensor | Sequence[Tensor] | None, input: Tensor, num_splits: int
 ) -> list[Tensor]:
     """Return a parameter as S tensors [C] in the accumulation type, none for None, or raise."""
     if value is None:
         return []
     shape, dtype, device = input.shape[1:2], accumulation_dtype(input.dtype), input.device
-    values = value
     if isinstance(value, Tensor):
         # Cast once for all splits: the sum of their gradients is rounded once.
         wide = value.to(dtype) if value.is_floating_point() else value
         values = wide.unbind() if wide.dim() == 2 else [wide] * num_splits
+    else:
+        values = list(value) if isinstance(value, Iterable) else [value]
+    for each in values:
+        if not isinstance(each, Tensor):
+            raise TypeError(
+                f"{name} must be tensors of shape [C], got {type(each).__name__}; "
+                "wrap numbers in torch.tensor"
+            )
     shapes = [each.shape for each in values]
     if shapes != [shape] * num_splits:
         got = value.shape if isinstance(value, Tensor) else [list(each) for each in shapes]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._moments import Tensors, accumulation_dtype
-from ._state import BUFFERS, PARAMETERS, SplitState
+from ._moments import Tensors, accumulation_dtype, check_storage
+from ._state import PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import (
     check_input,
@@ -133,46 +133,50 @@ class SyncSplitBatchNorm(SplitState, Assignable):
             process_group=self.process_group,
         )
         if running is not None:
-            kept = moments.without_nonfinite() if self.skip_nonfinite_stats else moments
-            update_running_stats(*running, self.momentum, kept)
+            if self.skip_nonfinite_stats:
+                moments = moments.without_nonfinite(running[0][0].dtype)
+            update_running_stats(*running, self.momentum, moments)
         return output
 
     def _running_stats(self) -> tuple[Tensors, Tensors, Tensors] | None:
         """Return the running means, variances and counters of all splits, or None without them."""
-        means, variances, counters = self._by_split(*BUFFERS)
+        means, variances = self._means_and_variances()
+        # As in plain batch norm, without counters there is no average to take.
+        (counters,) = self._by_split("num_batches_tracked")
+        return (means, variances, counters) if means else None
+
+    def _means_and_variances(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the running means and variances of all splits, or nothing without them."""
+        means, variances = self._by_split("running_mean", "running_var")
         if means and not variances:
             raise RuntimeError("running_var must be a tensor where running_mean is one, got None")
-        # As in plain batch norm, without counters there is no average to take.
-        return (means, variances, counters) if means else None
+        return means, variances
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""
+        means, variances = self._means_and_variances()
         assignment = self._assignment
-        if assignment is None or assignment.only is not None:
-            return self._evaluate_one(input, 0 if assignment is None else assignment.only or 0)
+        if assignment is None:
+            return self._evaluate_one(input, 0, means[0], variances[0])
+        if assignment.only is not None:
+            split = assignment.only
+            return self._evaluate_one(input, split, means[split], variances[split])
         sizes, index = assignment.rows(input, self.num_splits)
-        means, variances = self._by_split("running_mean", "running_var")
         weights, biases = self._parameters_by_split()
         return normalize_rows(
-            input,
-            torch.stack(means),
-            torch.stack(variances),
-            weights,
-            biases,
-            sizes=sizes,
-            index=index,
-            eps=self.eps,
+            input, means, variances, weights, biases, sizes=sizes, index=index, eps=self.eps
         )
 
-    def _evaluate_one(self, input: Tensor, split: int) -> Tensor:
+    def _evaluate_one(self, input: Tensor, split: int, mean: Tensor, var: Tensor) -> Tensor:
         """Normalize all rows by the running statistics of one split, as plain batch norm does."""
         dtype = accumulation_dtype(input.dtype)
-        stats: Any = self if split == 0 else self.aux_bn[split - 1]
+        check_storage("running_mean", mean)
+        check_storage("running_var", var)
         weight, bias = (self._parameter_of_split(name, split) for name in PARAMETERS)
         return F.batch_norm(
             input,
-            stats.running_mean.to(dtype),
-            stats.running_var.to(dtype),
+            mean.to(dtype),
+            var.to(dtype),
             weight if weight is None else weight.to(dtype),
             bias if bias is None else bias.to(dtype),
             eps=self.eps,

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ._collectives import (
     check_group,
@@ -14,6 +15,7 @@ from ._collectives import (
     resolve_group,
     sharded_parameters,
 )
+from ._moments import has_storage
 from .layer import SyncSplitBatchNorm
 
 _Ranks: TypeAlias = tuple[int, ...]
@@ -63,7 +65,7 @@ def check_replicas(model: nn.Module, process_group: Any = None) -> None:
 
     Args:
         model: the model, also one wrapped by DDP, FSDP or `accelerator.prepare`. Of parameters that
-            are sharded, only names and types are compared.
+            are sharded, or quantized, sparse, nested or lazy, only names and types are compared.
         process_group: the ranks to compare; None is all ranks.
 
     Raises:
@@ -164,7 +166,7 @@ def _tensors(model: nn.Module, sharded: set[int]) -> _Facts:
     for kind, tensors in named.items():
         for number, (name, tensor) in enumerate(tensors, start=1):
             words = [name, str(tensor.dtype), tensor.device.type]
-            if id(tensor) not in sharded:
+            if _is_plain(tensor) and id(tensor) not in sharded:
                 words.append(f"shape {list(tensor.shape)}")
             if tensor.requires_grad:
                 words.append("requires_grad")
@@ -197,11 +199,21 @@ def _contents(model: nn.Module, sharded: set[int]) -> tuple[_Facts, _Facts]:
     return parameters, buffers
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape, and bits that can be compared."""
+    is_special = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
+    return not (is_special or is_lazy(tensor))
+
+
 def _checksum(tensor: Tensor) -> str:
     """Return 64 bits of the SHA-256 of a tensor's elements, in the order of its indices."""
+    if not _is_plain(tensor):
+        return "not compared"
     if tensor.is_meta or tensor.numel() == 0:
         return "nothing"
-    rows = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if not has_storage(tensor):
+        return "freed memory"
+    rows = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
     # Not by NumPy, without which torch works too.
     memory = bytearray(rows.numel())
     torch.frombuffer(memory, dtype=torch.uint8).copy_(rows)

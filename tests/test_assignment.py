@@ -167,6 +167,16 @@ def test_model_without_the_layer_is_refused():
             ValueError,
             "num_splits must be at least 1, got 0",
         ),
+        *(
+            (lambda w=w: sync_split_batch_norm(torch.ones(4, 3), 2, w), TypeError, message)
+            for w, message in (
+                ([1.0, 2.0], r"weight must be tensors of shape \[C\], got float; wrap numbers in"),
+                (2.0, r"weight must be tensors of shape \[C\], got float"),
+                ([torch.ones(3), None], r"weight must be tensors of shape \[C\], got NoneType"),
+            )
+        ),
+        (lambda: LAYER([1.0]), TypeError, "input must be a tensor, got list"),
+        (lambda: SyncSplitBatchNorm(3, eps=None), TypeError, "eps must be a number, got NoneType"),
         (
             lambda: SyncSplitBatchNorm(3, num_splits=True),
             TypeError,

@@ -395,13 +395,26 @@ def test_tensor_that_does_not_fit_num_features_is_refused(name):
     assert_refused(norm, ValueError, message)
 
 
-@pytest.mark.parametrize("name", ["weight", "running_var"])
-def test_tensor_with_freed_storage_is_refused(name):
-    """To copy it crashes the process."""
+@pytest.mark.parametrize("left", [0, 4])
+@pytest.mark.parametrize("name", ["weight", "running_var", "num_batches_tracked"])
+def test_tensor_with_freed_storage_is_refused(name, left):
+    """To copy it crashes the process, or reads what is another's."""
     norm = nn.BatchNorm2d(4)
-    getattr(norm, name).untyped_storage().resize_(0)
+    getattr(norm, name).untyped_storage().resize_(left)
     message = rf"{name} must have memory in module 'block\.1', got a tensor whose storage was"
     assert_refused(norm, ValueError, message)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_parametrized_layer_is_not_reverted(which):
+    """It left a batch norm without its weight."""
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    holder = model[1] if which == 0 else model[1].aux_bn[0]
+    nn.utils.parametrize.register_parametrization(holder, "weight", nn.Softplus())
+    path = "1" if which == 0 else "1.aux_bn.0"
+    with pytest.raises(TypeError, match=f"module '{path}' must hold weight and bias as parameters"):
+        revert_sync_split_batchnorm(model, split=which)
+    assert all(isinstance(layer, SyncSplitBatchNorm) for layer in model)
 
 
 class Unique(torch.Tensor):
@@ -524,8 +537,10 @@ def test_what_is_no_module_is_refused(function):
 
 def test_revert_needs_a_split_and_a_class_to_return_to():
     model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
-    with pytest.raises(ValueError, match=r"from 0 to num_splits - 1 = 1 in module '0', got 2"):
-        revert_sync_split_batchnorm(model, split=2)
+    for split in (2, -1):
+        message = rf"from 0 to num_splits - 1 = 1 in module '0', got {split}"
+        with pytest.raises(ValueError, match=message):
+            revert_sync_split_batchnorm(model, split=split)
     for split in (0.5, True):
         with pytest.raises(TypeError, match=f"split must be an int, got {type(split).__name__}"):
             revert_sync_split_batchnorm(model, split=split)
@@ -546,6 +561,30 @@ def wrapped(rank, world_size):
     fully_shard(sharded)
     with pytest.raises(RuntimeError, match="or prepared yet, got FSDPSequential"):
         convert_sync_split_batchnorm(sharded)
+
+
+def test_model_that_accelerate_has_prepared_is_reverted_and_not_converted():
+    """Its mark stays on the model that `unwrap_model` returns."""
+    model = convert_sync_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)))
+    model._is_accelerate_prepared = True
+    assert type(revert_sync_split_batchnorm(model)[0]) is nn.BatchNorm2d
+    with pytest.raises(RuntimeError, match="must not be wrapped or prepared yet, got Sequential"):
+        convert_sync_split_batchnorm(model)
+
+
+def test_process_group_of_another_kind_is_refused_before_any_layer_changes():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match="process_group must be a torch"):
+        convert_sync_split_batchnorm(model, process_group="all")
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_batch_norm_inside_a_batch_norm_is_left_alone():
+    outer = nn.BatchNorm2d(4)
+    outer.inner = nn.BatchNorm2d(4)
+    convert_sync_split_batchnorm(outer)
+    assert type(outer) is SyncSplitBatchNorm
+    assert type(outer.inner) is nn.BatchNorm2d
 
 
 def test_wrapped_model_is_refused(tmp_path):

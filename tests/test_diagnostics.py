@@ -177,12 +177,51 @@ def test_what_holds_no_values_is_refused():
     [
         ({"input": [1.0]}, "input must be a tensor .*, got list"),
         ({"input": torch.ones(2, 3), "index": [0, 1]}, "index must be an integer tensor.*got list"),
+        ({"input": torch.ones(2, 3), "index": torch.ones(2)}, "integer tensor .*got torch.float"),
         ({"input": torch.ones(2, 3), "sizes": 2}, "sizes must be a sequence of ints, got 2"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(given, message):
     with pytest.raises(TypeError, match=message):
         split_divergence(nn.BatchNorm1d(3), **given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"sizes": []}, {"sizes": [6]}, {"index": torch.full((6,), -1)}], ids=str
+)
+def test_fewer_than_two_parts_are_refused(given):
+    with pytest.raises(ValueError, match="must give rows to 2 parts or more, got fewer"):
+        split_divergence(Model(), batch(), **given)
+
+
+def test_layer_called_by_keyword_is_observed():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(input=x)
+
+    x = torch.randn(6, 3)
+    found = split_divergence(Named(), x, sizes=(2, 4))
+    assert found["norm"] == pytest.approx(of_parts([x[:2], x[2:]]), rel=1e-9)
+
+
+def test_buffers_that_the_model_replaces_are_put_back():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return self.norm(x)
+
+    model = Average()
+    split_divergence(model, torch.randn(6, 3), sizes=(2, 4))
+    assert model.mean.equal(torch.zeros(3))
 
 
 def test_layer_with_one_split_is_left_out():

@@ -1,6 +1,7 @@
 """Each kernel module computes the formulas of the design, whatever the layout and the type."""
 
 import functools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -436,6 +437,15 @@ def test_kernels_update_running_statistics_by_their_definition(kernels, dtype, m
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+def test_infinite_running_statistics_stay_infinite(kernels):
+    moments = torch.tensor([[2.0, 3.0, 4.0, 9.0, 4.0]]).double()
+    mean, var = torch.tensor([0.0, -math.inf]), torch.tensor([math.inf, 1.0])
+    kernels.update_running_stats([mean], [var], [], 0.25, moments)
+    torch.testing.assert_close(mean, torch.tensor([0.5, -math.inf]))
+    torch.testing.assert_close(var, torch.tensor([math.inf, 3.75]))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_update_running_statistics_that_are_views_of_different_types(kernels):
     moments = torch.tensor([[2.0, 3.0, 4.0, 9.0, 4.0]] * 2).double()
     memory = torch.zeros(4, 4, dtype=torch.float64)
@@ -461,6 +471,13 @@ def test_named_kernels_serve_the_operation(impl):
         results.append((y, leaf.grad, moments.mean))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_may_come_from_an_iterator():
+    """They were read several times, and nothing was left for the last."""
+    weights, x = [torch.full((3,), 5.0), torch.full((3,), 2.0)], torch.randn(8, 3)
+    expected, _ = sync_split_batch_norm(x, 2, weights)
+    assert sync_split_batch_norm(x, 2, iter(weights))[0].equal(expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

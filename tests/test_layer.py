@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, frozen_stats
@@ -546,9 +548,20 @@ def test_checkpoint_of_another_number_of_splits_is_refused_by_it(own, given):
         with pytest.raises(RuntimeError) as refused:
             model.load_state_dict(state, strict)
         assert str(refused.value) == (
-            f"state_dict must hold num_splits={own} splits of 1, got {given}; convert the model "
-            f"with num_splits={given}"
+            f"state_dict must hold num_splits={own} splits of module '1', got {given}; convert the "
+            f"model with num_splits={given}"
         )
+
+
+@pytest.mark.parametrize("given", [{}, {"weight": torch.ones(4)}, {"aux_bn.1.bias": torch.ones(4)}])
+def test_part_of_a_state_changes_what_it_holds_and_nothing_else(given):
+    layer = randomized(SyncSplitBatchNorm(4, num_splits=3))
+    for number, stats in enumerate(layer._splits()):
+        stats.num_batches_tracked += 10 * number
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict(given, strict=False)
+    for name, value in layer.state_dict().items():
+        assert value.equal(given.get(name, before[name])), name
 
 
 def test_reset_reaches_every_split():
@@ -587,7 +600,45 @@ def test_copies_forget_open_contexts_and_pickles_the_group():
         assert twin.num_batches_tracked == twin.aux_bn[0].num_batches_tracked == 1
         assert twin.process_group is None
         assert twin.weight is not layer.weight
-    assert copy.copy(layer).weight is layer.weight
+    with assign_splits(layer, only=1), frozen_stats(layer):
+        twin = copy.copy(layer)
+    assert twin.weight is layer.weight
+    assert twin(torch.randn(4, 3)).shape == (4, 3)
+    assert twin.aux_bn[0].num_batches_tracked == twin.num_batches_tracked == 1
+
+
+def test_parametrized_layer_is_copied():
+    layer = SyncSplitBatchNorm(3)
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    twin = copy.deepcopy(layer)
+    assert twin.parametrizations.weight.original is not layer.parametrizations.weight.original
+    x = torch.randn(4, 3)
+    assert twin(x).equal(layer(x))
+
+
+def test_layer_without_channels_trains_on_nothing():
+    layer, x = SyncSplitBatchNorm(0), torch.empty(4, 0, 2, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.aux_bn[0].weight.grad.shape == (0,)
+
+
+def test_evaluation_without_running_variance_is_refused():
+    layer = SyncSplitBatchNorm(3).eval()
+    layer.running_var = layer.aux_bn[0].running_var = None
+    with pytest.raises(RuntimeError, match="running_var must be a tensor where running_mean is"):
+        layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_running_variance_stays_infinite_as_in_stock(dtype):
+    layer, x = SyncSplitBatchNorm(3, num_splits=1, dtype=dtype), torch.randn(8, 3)
+    plain = nn.BatchNorm1d(3)
+    for each in (layer, plain):
+        each.running_var[1] = math.inf
+        each(x)
+    torch.testing.assert_close(layer.running_var.float(), plain.running_var, rtol=1e-2, atol=0)
+    assert layer.eval()(x)[:, 1].equal(torch.zeros(8))
 
 
 def test_layer_that_refers_to_itself_is_copied_with_its_reference():

@@ -23,7 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from sync_splitbn import SyncSplitBatchNorm, _kernels, assign_splits, sync_split_batch_norm
+from sync_splitbn import (
+    SyncSplitBatchNorm,
+    _kernels,
+    assign_splits,
+    split_divergence,
+    sync_split_batch_norm,
+)
 
 STATE = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 REFUSED = (RuntimeError, TypeError, ValueError, NotImplementedError)
@@ -456,14 +462,15 @@ def test_state_in_layouts_other_than_strided_is_refused():
                 step(layer, x, dy)
 
 
+@pytest.mark.parametrize("of_input", [True, False])
 @pytest.mark.parametrize("impl", IMPLS)
 @isolated
-def test_batched_gradients_equal_one_after_the_other(impl):
+def test_batched_gradients_equal_one_after_the_other(impl, of_input):
     x, _ = batch()
     layer = layer_of(impl)
-    x.requires_grad_()
-    y = layer(x)
-    leaves, upstream = [x, *layer.parameters()], torch.randn(5, *y.shape)
+    y = layer(x.requires_grad_(of_input))
+    leaves = [x, *layer.parameters()] if of_input else [*layer.parameters()]
+    upstream = torch.randn(5, *y.shape)
     one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in upstream]
     expected = [torch.stack(parts) for parts in zip(*one_by_one, strict=True)]
     batched = functools.partial(torch.autograd.grad, y, leaves, retain_graph=True)
@@ -872,6 +879,7 @@ def test_operators_refuse_what_does_not_fit():
         lambda: ops.normalize(x, *rows, moments, [torch.ones(3).double()] * 2, [], 1e-5),
         lambda: ops.normalize(x, *rows, moments, weights, [torch.ones(4)] * 2, 1e-5),
         lambda: ops.grad_sums(dy[:4], x, *rows, moments, 1e-5),
+        lambda: ops.grad_sums(dy[:1], x, *rows, moments, 1e-5),
         lambda: ops.grad_sums(dy.transpose(2, 3), x, *rows, moments, 1e-5),
         lambda: ops.grad_sums(dy, x, *rows, narrow, 1e-5),
         lambda: ops.grad_input(dy, x, *rows, moments, weights, 1e-5, local[:, :4]),
@@ -896,6 +904,36 @@ def test_index_without_its_storage_is_refused(kept_bytes):
     index.untyped_storage().resize_(kept_bytes)
     with pytest.raises(RuntimeError, match="index must have storage for its 8 elements"):
         sync_split_batch_norm(torch.randn(8, 3), 2, index=index)
+
+
+FREED = {
+    "evaluation": lambda layer: layer.eval()(torch.randn(4, 3)),
+    "evaluation by index": lambda layer: in_evaluation(layer, torch.tensor([0, 1, 0, 1])),
+    "divergence": split_divergence,
+    "divergence of a batch": lambda layer: split_divergence(layer, torch.randn(4, 3)),
+}
+
+
+def in_evaluation(layer, index):
+    with assign_splits(layer.eval(), index=index):
+        layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (use, name)
+        for use in FREED
+        for name in ("weight", "running_mean", "running_var")
+        if "divergence" not in use or name != "weight"
+    ],
+)
+@isolated
+def test_freed_state_is_refused_outside_of_training(use, name):
+    layer = SyncSplitBatchNorm(3)
+    getattr(layer, name).data.untyped_storage().resize_(4)
+    with pytest.raises(RuntimeError, match="storage"):
+        FREED[use](layer)
 
 
 @isolated

@@ -50,6 +50,12 @@ def another_momentum():
     return model_of(momentum=None)
 
 
+def another_treatment_of_nan():
+    model = model_of()
+    model[3].skip_nonfinite_stats = True
+    return model
+
+
 def another_mode():
     model = model_of()
     model[3].eval()
@@ -140,6 +146,7 @@ DISAGREEMENTS = {
     "3 on rank 1; construct the layers",
     another_eps: "eps of 1 must be the same on all ranks, got 1e-05 on ranks 0, 2, 0.001 on rank 1",
     another_momentum: "momentum of 1 must be the same on all ranks, got 0.1 on ranks 0, 2, None on",
+    another_treatment_of_nan: "skip_nonfinite_stats of 3 must be the same on all ranks, got False",
     another_mode: "training of 3 must be the same on all ranks, got True on ranks 0, 2, False on",
     other_channels: "num_features of 1 must be the same on all ranks, got 4 on ranks 0, 2, 5 on",
     fewer_layers: "SyncSplitBatchNorm number 2 must be the same on all ranks, got 3 on ranks 0, 2, "
@@ -285,6 +292,36 @@ def test_shards_are_not_compared_and_their_buffers_are(tmp_path):
     for told in run_ranks(sharded, 2, tmp_path):
         assert told[::2] == [None] * 3
         assert all("1.running_mean must be the same" in drifted for drifted in told[1::2])
+
+
+class Odd(nn.Module):
+    """Parameters and buffers of unusual kinds, one of which differs between ranks if asked for."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.lazy = nn.LazyLinear(3)
+        conjugate = torch.complex(torch.ones(3), torch.full((3,), value)).conj()
+        for name, buffer in {
+            "sparse": torch.eye(3).to_sparse(),
+            "conjugate": conjugate,
+            "negative": conjugate.imag,
+            "quantized": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8),
+            "expanded": torch.ones(1).expand(5),
+            "freed": torch.ones(3),
+        }.items():
+            self.register_buffer(name, buffer)
+        self.freed.untyped_storage().resize_(0)
+
+
+def odd(rank, world_size):
+    warnings.simplefilter("ignore")
+    return complaint(Odd()), complaint(Odd(float(rank)))
+
+
+def test_unusual_tensors_are_compared_as_far_as_they_can_be(tmp_path):
+    for agreeing, differing in run_ranks(odd, 2, tmp_path):
+        assert agreeing is None
+        assert "content of conjugate must be the same" in differing
 
 
 def sent(rank, world_size):

@@ -343,6 +343,18 @@ def test_running_stats_of_a_split_that_is_not_finite_are_held_back_on_all_ranks(
         assert torch.equal(stored, ranks[1][0][2][name])
 
 
+def test_running_stats_that_their_type_cannot_hold_are_held_back():
+    """In half precision a finite batch had an infinite variance, then a NaN."""
+    layer = SyncSplitBatchNorm(2, dtype=torch.float16)
+    layer.skip_nonfinite_stats = True
+    x = torch.randn(8, 2, 50)
+    x[4:] *= 1000
+    for _ in range(2):
+        layer(x.half())
+    assert (layer.num_batches_tracked, layer.aux_bn[0].num_batches_tracked) == (2, 0)
+    assert layer.aux_bn[0].running_var.equal(torch.ones(2).half())
+
+
 def test_running_stats_keep_a_nan_unless_asked_not_to(tmp_path):
     for states, _ in run_ranks(poisoned, 2, tmp_path, False, float("nan"), "eager"):
         assert states[2]["aux_bn.0.running_mean"].isnan().any()

@@ -346,8 +346,14 @@ def outsider(rank, world_size):
     else:
         with pytest.raises(ValueError, match="process_group must contain this rank"):
             convert_sync_split_batchnorm(nn.BatchNorm1d(3), process_group=group)
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3, process_group=group))
+        with pytest.raises(ValueError, match=r"must contain this rank, .*, in module '1'"):
+            convert_sync_split_batchnorm(model)
+        assert type(model[0]) is nn.BatchNorm1d
         with pytest.raises(ValueError, match="size must divide the world size 2, got 3"):
             sync_group(3)
+        with pytest.raises(TypeError, match="size must be an int, got bool"):
+            sync_group(True)
 
 
 def test_rank_outside_its_group_is_refused(tmp_path):

@@ -165,7 +165,8 @@ def update_running_stats(
         counted = torch.stack(list(counters)).double()
         step = torch.cat([counted, counted]).reciprocal().unsqueeze(1)
     before = torch.stack(values).double()
-    after = torch.lerp(before, torch.cat([of.mean, of.unbiased_var]), step)
+    # Not lerp: infinity would become NaN.
+    after = (1 - step) * before + step * torch.cat([of.mean, of.unbiased_var])
     moved = torch.cat([has_value, has_variance]).unsqueeze(1)
     torch._foreach_copy_(values, list(torch.where(moved, after, before).unbind()))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._moments import (
+    COMPILED_TYPES,
     Index,
     Sizes,
     Tensors,
@@ -41,12 +42,10 @@ else:
     if x86 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         _not_loaded = "a processor without AVX2"
 
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def unavailable(x: Tensor) -> str | None:
     """Return why the loops cannot compute with tensors like `x`, or None."""
-    if _not_loaded is None and x.is_cpu and x.dtype in TYPES:
+    if _not_loaded is None and x.is_cpu and x.dtype in COMPILED_TYPES:
         return None
     if _not_loaded is not None:
         return _not_loaded
@@ -158,9 +157,8 @@ def update_running_stats(
         _contiguous_as(dtype, "running_var", vars),
         _contiguous_as(torch.int64, "num_batches_tracked", counters),
     )
-    # Without a counter there is no average to take.
-    is_average = momentum is None and len(counters) > 0
-    _cpu.update_running_stats(*used, momentum or 0.0, is_average, moments.contiguous())
+    # The loops average nothing where there are no counters.
+    _cpu.update_running_stats(*used, momentum or 0.0, momentum is None, moments.contiguous())
     for old, new in zip(given, itertools.chain(*used), strict=True):
         if new is not old:
             old.copy_(new)

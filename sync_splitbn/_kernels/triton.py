@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._moments import (
+    COMPILED_TYPES,
     Index,
     Sizes,
     Tensors,
@@ -27,7 +28,6 @@ from .._moments import (
 )
 from . import triton_jit as jit
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The interpreter is chosen by TRITON_INTERPRET=1, before Triton is imported.
 INTERPRETED = not isinstance(jit.sums_kernel, triton.JITFunction)
 NUM_WARPS = 4
@@ -46,7 +46,7 @@ def unavailable(x: Tensor) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why Triton cannot compute on this device with this type, or None."""
-    if dtype not in DTYPES:
+    if dtype not in COMPILED_TYPES:
         return f"no Triton kernels for {dtype}"
     if INTERPRETED:
         return None

@@ -363,18 +363,19 @@ def running_kernel(
     mean, var = _choose(means, split), _choose(variances, split)
     for start in range(0, features, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        _lerp(mean + c, row + c, 1.0, step, c < tl.where(count >= 1, features, 0))
-        _lerp(var + c, row + features + c, correction, step, c < tl.where(count >= 2, features, 0))
+        _average(mean + c, row + c, 1.0, step, c < tl.where(count >= 1, features, 0))
+        own = c < tl.where(count >= 2, features, 0)
+        _average(var + c, row + features + c, correction, step, own)
 
 
 @triton.jit
-def _lerp(pointers, targets, factor, step, mask):
-    """Move values in place to factor * targets, exactly for a step of 1."""
+def _average(pointers, targets, factor, step, mask):
+    """Move values in place to factor * targets, by a step from 0 to 1."""
     # The interpreter converts bfloat16 to and from float32 alone.
     dtype = pointers.dtype.element_ty
     wide: tl.constexpr = tl.float32 if dtype == tl.bfloat16 else tl.float64
     before = tl.load(pointers, mask, other=0).to(wide).to(tl.float64)
     after = tl.load(targets, mask, other=0) * factor
-    move = after - before
-    value = tl.where(step < 0.5, before + step * move, after - (1 - step) * move)
+    # Not by the difference of both: infinity would become NaN.
+    value = (1 - step) * before + step * after
     tl.store(pointers, value.to(wide).to(dtype), mask)

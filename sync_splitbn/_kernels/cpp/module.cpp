@@ -316,11 +316,13 @@ PyObject* gradient(PyObject*, PyObject* args) {
     moments.check(FLOAT64, {splits, 2 * features + 1});
     sums.check(wide, {splits, 2 * features});
     const Tensor dy = batch.like(x, dy_, "dy");
+    // For SUMS there is no dx, and none is written.
     const Tensor dx = batch.like(x, WANTED == SUMS ? dy_ : out, "dx");
     const auto weights = addresses(weights_, "weight", wide, {features}, splits);
+    const std::vector<void*> no_biases;
     run(batch.type, [&](auto element) {
       using T = decltype(element);
-      const Layer<T> layer{features, moments.pointer<double>(), weights, weights, eps};
+      const Layer<T> layer{features, moments.pointer<double>(), weights, no_biases, eps};
       Scalar<T>* numbers = sums.pointer<Scalar<T>>();
       if (WANTED != INPUT) fill_grad_sums(batch, layer, dy.pointer<T>(), x.pointer<T>(), numbers);
       if (WANTED != SUMS)
@@ -362,10 +364,11 @@ PyObject* update_running_stats(PyObject*, PyObject* args) {
           if (is_average) step = 1.0 / batches;
         }
         A *mean = static_cast<A*>(means[split]), *var = static_cast<A*>(vars[split]);
-        for (int64_t c = 0; c < features; c++) mean[c] += step * (row[c] - mean[c]);
+        // Not by the difference of both: infinity would become NaN.
+        for (int64_t c = 0; c < features; c++) mean[c] = (1 - step) * mean[c] + step * row[c];
         // A single element has no variance.
         for (int64_t c = 0; c < features && count > 1; c++)
-          var[c] += step * (row[features + c] * (count / (count - 1)) - var[c]);
+          var[c] = (1 - step) * var[c] + step * (row[features + c] * (count / (count - 1)));
       }
     });
   });

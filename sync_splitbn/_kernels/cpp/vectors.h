@@ -132,6 +132,14 @@ inline Vector<T> broadcast(Scalar<T> value) {
   return value - Vector<T>{};
 }
 
+// The mean of the middle two of four numbers or vectors: one outlier among them does not move it.
+template <class V>
+inline V middle(const V& a, const V& b, const V& c, const V& d) {
+  const V low = a < b ? a : b, high = a < b ? b : a;
+  const V other_low = c < d ? c : d, other_high = c < d ? d : c;
+  return (low < other_low ? other_low : low) / 2 + (high < other_high ? high : other_high) / 2;
+}
+
 // With STREAM it is written past the cache, and `to` is aligned to what is written.
 template <bool STREAM, class T>
 inline void write(Vector<T> vector, T* to, All) {
