@@ -2,6 +2,7 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
 import importlib.util
+import math
 import os
 import sys
 
@@ -468,6 +469,15 @@ def test_running_stats_follow_as_in_aten(num_splits, dtype, momentum):
     for kind, expected in zip(ours, truth, strict=True):
         for a, b in zip(kind, expected, strict=True):
             assert_near(a, b, tolerance if a.is_floating_point() else 0.5)
+
+
+def test_infinite_running_stats_stay_infinite():
+    moments = torch.tensor([[2.0, 3.0, 4.0, 9.0, 4.0]], device=DEVICE).double()
+    mean = torch.tensor([0.0, -math.inf], device=DEVICE)
+    var = torch.tensor([math.inf, 1.0], device=DEVICE)
+    kernels.update_running_stats([mean], [var], [], 0.25, moments)
+    torch.testing.assert_close(mean.cpu(), torch.tensor([0.5, -math.inf]))
+    torch.testing.assert_close(var.cpu(), torch.tensor([math.inf, 3.75]))
 
 
 def test_running_stats_of_an_empty_split_stay_and_one_element_moves_no_variance():
