@@ -129,6 +129,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=views.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        classes=images.classes,
         mean=images.mean,
         std=images.std,
         clip_grad=options.clip_grad,

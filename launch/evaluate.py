@@ -15,7 +15,8 @@ from torch import nn
 
 from sync_splitbn import convert_sync_split_batchnorm
 
-from .images.sets import count_channels, count_classes, load_test_images
+from .images.labelled import known_classes
+from .images.sets import classes_of, count_channels, load_test_images
 from .recipe.errors import RunError
 from .recipe.evaluation import evaluate
 from .recipe.loading import test_loader
@@ -38,12 +39,17 @@ _REMEMBERED = (
     "crop_pct",
     "mean",
     "std",
+    "missing_classes",
 )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; what the run says of its model and images are the defaults."""
-    parser = Parser("launch.evaluate", "Score a trained model on test images, split by split.")
+    parser = Parser(
+        "launch.evaluate",
+        "Score a trained model on test images, split by split.",
+        usage="python -m launch.evaluate WEIGHTS [DATA] [options], or by accelerate launch",
+    )
     parser.add_argument(
         "weights",
         type=Path,
@@ -65,22 +71,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--cpu", action="store_true", help="score on the CPU although there is an accelerator"
     )
+    # What `start`, `build_model` and the test ask for, and no option says.
     parser.set_defaults(seed=0, timeout=600.0, tracker=None, output=None)
-    weights = parser.parse_args(arguments).weights
-    saved = _saved_arguments(weights)
-    parser.set_defaults(**{name: saved[name] for name in _REMEMBERED if name in saved})
+    parser.set_defaults(pretrained=False, initial_checkpoint=None, missing_classes=0)
+    saved = _results_of(parser.parse_args(arguments).weights)
+    known = saved.get("arguments", {})
+    parser.set_defaults(**{name: known[name] for name in _REMEMBERED if name in known})
+    parser.set_defaults(classes=saved.get("classes"))
     return parser.parse(arguments)
 
 
-def _saved_arguments(weights: Path) -> dict[str, Any]:
-    """Return the arguments of the run that `weights` belongs to, as far as it says them."""
+def _results_of(weights: Path) -> dict[str, Any]:
+    """Return what the run to which `weights` belong says of itself, nothing if there is none."""
     for folder in (weights, weights.parent, weights.parent.parent):
-        if (folder / "results.json").is_file():
-            arguments: dict[str, Any] = json.loads((folder / "results.json").read_text())[
-                "arguments"
-            ]
-            data = arguments.get("data")
-            return arguments | {"data": None if data is None else Path(data)}
+        file = folder / "results.json"
+        if file.is_file():
+            try:
+                results: dict[str, Any] = json.loads(file.read_text())
+                arguments = results["arguments"]
+            except (KeyError, TypeError, ValueError):
+                return {}  # of something else
+            if arguments.get("data") is not None:
+                arguments["data"] = Path(arguments["data"])
+            return results
     return {}
 
 
@@ -101,10 +114,11 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, int]:
     numbers = [int(match[1]) for key in state if (match := _AUXILIARY.search(key))]
     num_splits = max(numbers, default=-1) + 2
     model = build_model(
-        options, num_classes=count_classes(options), in_channels=count_channels(options)
+        options, num_classes=len(classes_of(options)), in_channels=count_channels(options)
     )
     if num_splits > 1:
-        model = convert_sync_split_batchnorm(model, num_splits)
+        has_own = any(_AUXILIARY.search(key) and key.endswith(".weight") for key in state)
+        model = convert_sync_split_batchnorm(model, num_splits, share_affine=not has_own)
     load_state(model, state, file)
     return model, num_splits
 
@@ -117,7 +131,7 @@ def run(options: argparse.Namespace, accelerator: Accelerator) -> int:
         if not 0 <= split < num_splits:
             raise RunError(f"--eval-split must be in [0, {num_splits - 1}], got {split}")
     model = model.to(accelerator.device)
-    dataset = load_test_images(options, model)
+    dataset = known_classes(load_test_images(options, model), options.missing_classes)
     loader = accelerator.prepare(test_loader(options, accelerator, dataset))
     accelerator.print(f"{options.weights}: {len(loader.dataset)} test images")
     accelerator.print("split       loss   accuracy")

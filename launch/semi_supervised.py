@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import default_collate
 
 from sync_splitbn import (
     assign_splits,
@@ -26,7 +26,7 @@ from sync_splitbn import (
     split_divergence,
 )
 
-from .images.labelled import FirstView, LabelledAndUnlabelled, divide
+from .images.labelled import FirstView, LabelledAndUnlabelled, divide, known_classes
 from .images.sets import ImageSets, load_images
 from .images.shift import Shift, Shifted
 from .recipe.comparison import compare
@@ -117,7 +117,11 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         model,
         optimizer,
         training_loader(options, accelerator, dataset),
-        test_loader(options, accelerator, images_of_known_classes(options, images)),
+        test_loader(
+            options,
+            accelerator,
+            known_classes(images.test, options.missing_classes),
+        ),
         test_loader(options, accelerator, FirstView(dataset.labelled)),
     )
     schedule = create_schedule(options, optimizer.optimizer, steps=len(loader))
@@ -145,6 +149,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=dataset.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        classes=images.classes,
         mean=images.mean,
         std=images.std,
         images_per_item=1 + options.mu,
@@ -181,12 +186,6 @@ def training_set(options: argparse.Namespace, images: ImageSets) -> LabelledAndU
     )
 
 
-def images_of_known_classes(options: argparse.Namespace, images: ImageSets) -> Dataset[Any]:
-    """Return the test images whose class has labelled images."""
-    known = max(images.train.targets) + 1 - options.missing_classes
-    return Subset(images.test, [i for i, c in enumerate(images.test_targets) if c < known])
-
-
 def divergence_by_layer(
     model: nn.Module, probe: Any, device: torch.device, *, is_split: bool
 ) -> dict[str, float]:
@@ -198,7 +197,11 @@ def divergence_by_layer(
     labelled, _, unlabelled = probe
     rows = torch.cat([labelled, unlabelled[:, :, 0].flatten(0, 1)]).to(device)
     sizes = (len(labelled), len(rows) - len(labelled))
-    with assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext():
+    # Eager, for hooks would have the compiled training model traced anew.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext(),
+    ):
         found = split_divergence(model, rows, sizes=sizes)
     return {layer: pairs[0, 1] for layer, pairs in found.items()}
 

@@ -26,6 +26,7 @@ from .recipe.options import (
     add_data_options,
     add_optimization_options,
     add_run_options,
+    add_weights_options,
 )
 from .recipe.parser import Parser
 from .recipe.preparation import memory_format_of, prepare_model
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "and synchronized, on a folder of images or on 5,000 bundled MNIST digits.",
     )
     add_data_options(parser)
+    add_weights_options(parser)
     _add_split_options(parser)
     add_optimization_options(parser)
     add_run_options(parser)
@@ -104,6 +106,7 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         set_epoch=views.set_epoch,
         optimizer=optimizer,
         schedule=schedule,
+        classes=images.classes,
         mean=images.mean,
         std=images.std,
         clip_grad=options.clip_grad,
@@ -182,7 +185,9 @@ def _add_split_options(parser: Parser) -> None:
         help="cross-entropy on the clean split plus 12 times the Jensen-Shannon divergence "
         "between the splits; without it cross-entropy on all views",
     )
-    add_augmentation_options(parser, group)
+    add_augmentation_options(
+        parser, group, "without it views are augmented by random erasing alone"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Split batch normalization, synchronized over all ranks with one all_reduce."""
 
+from . import data
 from ._collectives import sync_group
 from .assignment import assign_splits, frozen_stats
 from .convert import convert_sync_split_batchnorm, revert_sync_split_batchnorm
@@ -13,6 +14,7 @@ __all__ = [
     "assign_splits",
     "check_replicas",
     "convert_sync_split_batchnorm",
+    "data",
     "frozen_stats",
     "revert_sync_split_batchnorm",
     "split_divergence",

@@ -164,6 +164,8 @@ def test_loss_and_gradients_are_those_of_batch_norms_for_each_part(fine_grained,
         ("--adversarial-share 1.5", r"--adversarial-share must be in \(0, 1\], got 1.5"),
         ("--adversarial-share 0", r"--adversarial-share must be in \(0, 1\], got 0.0"),
         ("--fine-grained", "--fine-grained must come with --aa, got no policy of augmentation"),
+        ("--aa rand-m9", "--aa must come with --fine-grained, got rand-m9"),
+        ("--reprob 0.5", "--reprob must come with --fine-grained, got 0.5"),
         ("--attack-steps -1", r"--attack-steps must be in \[0, 1000\], got -1"),
     ],
 )

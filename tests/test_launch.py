@@ -153,6 +153,29 @@ def test_interrupted_and_resumed_run_equals_the_whole_one_bit_for_bit(stop, whol
         assert_equal(state, expected[number])
 
 
+def tested_buffers(rank, world_size, arguments):
+    """The sum of all running statistics that each evaluation of a run was made with."""
+    from launch import train as recipe
+
+    evaluate, sums = recipe.evaluate, []
+
+    def spy(accelerator, model, *rest, **options):
+        sums.append(sum(buffer.double().sum().item() for buffer in model.buffers()))
+        return evaluate(accelerator, model, *rest, **options)
+
+    recipe.evaluate = spy
+    assert train(rank, world_size, arguments) == 0
+    return sums
+
+
+def test_ranks_test_one_model_where_each_has_plain_batch_norms(tmp_path):
+    """Each rank was tested with running statistics of its own, and one of them was saved."""
+    arguments = ["--epochs", "2", "-b", "16", "--max-steps", "4", "--output", str(tmp_path / "run")]
+    first, second = run_ranks(tested_buffers, 2, tmp_path, arguments)
+    assert first == second
+    assert len(set(first)) == 2
+
+
 def test_finished_run_is_extended_to_more_epochs(tmp_path):
     """Ended at rate 0, it goes on at the rate that the longer schedule has there."""
     options = "--warmup-epochs", "0", "--epochs"
@@ -497,4 +520,47 @@ def test_run_without_an_output_finds_a_folder_of_its_own(tmp_path, monkeypatch):
     assert parse_arguments(["--resume", "auto"]).output == Path("runs/train-2")
     one = "runs/train/checkpoints/step-00000010"
     assert parse_arguments(["--resume", one]).output == Path("runs/train")
+    run = parse_arguments(["--resume", "runs/train"])
+    assert (run.output, run.resume) == (Path("runs/train"), "auto")
     assert parse_arguments(["--output", "elsewhere"]).output == Path("elsewhere")
+
+
+def test_restarted_ranks_find_the_folder_in_which_their_launcher_began(tmp_path, monkeypatch):
+    """They went on with an older run, where theirs had no checkpoint yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "runs" / "train" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "runs" / "train" / ".lock").write_text("process 7 on host\n1\n")
+    options = parse_arguments([])
+    assert (options.output, options.resume) == (Path("runs/train-2"), "auto")
+    # Where the run before had no checkpoint either, its folder is the first free one.
+    for name in ("train-2", "train-3"):
+        (tmp_path / "runs" / name).mkdir()
+    (tmp_path / "runs" / "train-3" / ".lock").write_text(f"process 8 on host\n{os.getppid()}\n")
+    assert parse_arguments([]).output == Path("runs/train-3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--resume", "runs/none"],
+            "--resume must be 'auto', or the folder of a run or of a check",
+        ),
+        (["--aug-split", "3"], "unrecognized arguments: --aug-split"),
+    ],
+)
+def test_mistyped_argument_is_refused_and_leaves_nothing(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_outputs_than_classes_are_refused(tmp_path):
+    arguments = ["--num-classes", "5", "--output", str(tmp_path / "run")]
+    with pytest.raises(RankError, match="--num-classes must be at least the 10 classes of the im"):
+        run_ranks(train, 1, tmp_path, arguments)

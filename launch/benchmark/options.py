@@ -34,7 +34,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs="*",
         metavar="W",
-        help="collectives of a step over W gloo ranks of this machine (default: 1 2 4 8)",
+        help="collectives of a step over W gloo ranks of this machine (default: 1 2 4 8), for the "
+        "first of --shapes, and --splits and --repeats alone",
     )
     _add_what(parser)
     _add_how(parser)

@@ -30,6 +30,11 @@ class Digits(Dataset[tuple[Image.Image, int]]):
         self.pixels, self.labels = pixels, labels
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(str(number) for number in range(10))
+
+    @property
     def targets(self) -> list[int]:
         """The class of every image."""
         return [int(label) for label in self.labels]

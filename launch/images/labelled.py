@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 from sync_splitbn.data import SplitViews
 
 from ..recipe.errors import RunError
-from .sets import Transform
+from .sets import TestImages, Transform
 
 
 def divide(
@@ -44,6 +44,18 @@ def divide(
         raise RunError(f"--labelled must leave enough images of every class, got {labelled}")
     taken = set(chosen)
     return sorted(chosen), [index for index in range(len(targets)) if index not in taken]
+
+
+def known_classes(images: TestImages, missing: int) -> Dataset[Any]:
+    """Return the test images whose class has labelled images: all but the last classes.
+
+    Args:
+        images: test images of all classes.
+        missing: number of the classes without a labelled image.
+    """
+    targets = images.targets
+    known = max(targets) + 1 - missing
+    return Subset(images, [index for index, label in enumerate(targets) if label < known])
 
 
 class LabelledAndUnlabelled(Dataset[tuple[Tensor, int, Tensor]]):

@@ -30,10 +30,10 @@ class ImageSets:
     """Images of both sets, and the ways from an image to the input of a model, [C, H, W].
 
     Attributes:
+        classes: their names, by their numbers.
         train: (PIL image, class) pairs, with `targets`; crop and flip, which all views of an image
             share, are done.
-        test: ([C, H, W], class) pairs, without randomness.
-        test_targets: the class of every test image.
+        test: ([C, H, W], class) pairs, without randomness, with `targets`.
         clean: converts and normalizes a training image.
         erased: does this, and may erase a rectangle.
         augmented: augments before, and may erase a rectangle.
@@ -41,9 +41,9 @@ class ImageSets:
         std: standard deviation of each band, as a fraction of white.
     """
 
+    classes: Sequence[str]
     train: Digits | ImageFolder
-    test: Dataset[Any]
-    test_targets: Sequence[int]
+    test: "TestImages"
     clean: Transform
     erased: Transform
     augmented: Transform
@@ -63,11 +63,19 @@ class ImageSets:
         return [first] + [self.augmented] * (num_splits - 1)
 
 
-def count_classes(options: argparse.Namespace) -> int:
-    """Return the number of classes of the training images."""
+def classes_of(options: argparse.Namespace) -> Sequence[str]:
+    """Return the names of the classes, by their numbers: those of the training images.
+
+    Args:
+        options: of `recipe.options.add_data_options`; where weights are scored, also `classes`:
+            what their run says of them, or None.
+    """
+    known: Sequence[str] | None = getattr(options, "classes", None)
+    if known is not None:
+        return known
     if options.data is None:
-        return 10
-    return len(class_names(split_folder(options.data, options.train_split)))
+        return mnist()[0].classes
+    return class_names(split_folder(options.data, options.train_split))
 
 
 def count_channels(options: argparse.Namespace) -> int:
@@ -88,11 +96,15 @@ def load_images(options: argparse.Namespace, model: nn.Module) -> ImageSets:
     return _digits(options) if options.data is None else _folder(options, model)
 
 
-def load_test_images(options: argparse.Namespace, model: nn.Module | None) -> Dataset[Any]:
-    """Return the test images alone, as `ImageSets.test` has them."""
+def load_test_images(options: argparse.Namespace, model: nn.Module | None) -> "TestImages":
+    """Return the test images alone, as `ImageSets.test` has them, with `targets`.
+
+    Raises:
+        RunError: they have not the classes that `classes_of` returns.
+    """
     if options.data is None:
         return _Transformed(mnist()[1], View((MNIST_MEAN,), (MNIST_STD,)))
-    return _test_folder(options, _config(options, model))
+    return _test_folder(options, _config(options, model), classes_of(options))
 
 
 def _digits(options: argparse.Namespace) -> ImageSets:
@@ -108,9 +120,9 @@ def _digits(options: argparse.Namespace) -> ImageSets:
     clean = View(mean, std)
     train, test = mnist()
     return ImageSets(
+        classes=train.classes,
         train=train,
         test=_Transformed(test, clean),
-        test_targets=test.targets,
         clean=clean,
         erased=View(mean, std, None, erase),
         augmented=View(mean, std, policy, erase),
@@ -124,17 +136,11 @@ def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
     base, augment, erased = training_transforms(config, aa=options.aa, reprob=options.reprob)
     _, _, clean = training_transforms(config, aa=options.aa, reprob=0.0)
     train = ImageFolder(split_folder(options.data, options.train_split), base)
-    test = _test_folder(options, config)
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise RunError(
-            f"{test.path} must have the classes of {train.path}, got a difference in "
-            f"{', '.join(differing[:5])}; add or remove these folders"
-        )
+    test = _test_folder(options, config, train.classes)
     return ImageSets(
+        classes=train.classes,
         train=train,
         test=test,
-        test_targets=test.targets,
         clean=clean,
         erased=erased,
         augmented=_Then(augment, erased),
@@ -143,8 +149,17 @@ def _folder(options: argparse.Namespace, model: nn.Module) -> ImageSets:
     )
 
 
-def _test_folder(options: argparse.Namespace, config: dict[str, Any]) -> ImageFolder:
-    return ImageFolder(split_folder(options.data, options.val_split), test_transform(config))
+def _test_folder(
+    options: argparse.Namespace, config: dict[str, Any], classes: Sequence[str]
+) -> ImageFolder:
+    test = ImageFolder(split_folder(options.data, options.val_split), test_transform(config))
+    if list(test.classes) != list(classes):
+        differing = sorted(set(classes) ^ set(test.classes))
+        raise RunError(
+            f"{test.path} must have the classes of the training images, got a difference in "
+            f"{', '.join(differing[:5])}; add or remove these folders"
+        )
+    return test
 
 
 def _config(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
@@ -159,17 +174,22 @@ def _config(options: argparse.Namespace, model: nn.Module | None) -> dict[str, A
 
 
 class _Transformed(Dataset[tuple[Any, int]]):
-    """A dataset whose images are transformed."""
+    """Digits that are transformed."""
 
-    def __init__(self, dataset: Dataset[Any], transform: Transform) -> None:
+    def __init__(self, dataset: Digits, transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.dataset[index]
         return self.transform(image), label
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of every image."""
+        return self.dataset.targets
 
 
 @dataclass(frozen=True)
@@ -181,3 +201,6 @@ class _Then:
 
     def __call__(self, image: Any) -> Tensor:
         return self.second(self.first(image))
+
+
+TestImages = _Transformed | ImageFolder

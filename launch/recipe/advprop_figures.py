@@ -62,6 +62,6 @@ def _title(results: dict[str, Any]) -> str:
     options = results["arguments"]
     return (
         f"{options['attack_steps']} steps of PGD within {options['epsilon']:g} of 255, "
-        f"tested with {options['test_attack_steps']} on {options['attacked_tests']} images, "
+        f"tested with {options['test_attack_steps']} on at most {options['attacked_tests']}, "
         f"{results['ranks']} x {results['device']}"
     )

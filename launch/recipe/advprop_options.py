@@ -7,6 +7,8 @@ from .options import (
     add_data_options,
     add_optimization_options,
     add_run_options,
+    add_weights_options,
+    refuse_augmentation,
 )
 from .parser import Parser
 
@@ -34,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ranges=_RANGES,
     )
     add_data_options(parser)
+    add_weights_options(parser)
     _add_attack_options(parser)
     add_optimization_options(parser)
     add_run_options(parser)
@@ -43,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.refuse("adversarial_share", f"must be in (0, 1], got {options.adversarial_share}")
     if options.fine_grained and options.aa is None:
         parser.refuse("fine_grained", "must come with --aa, got no policy of augmentation")
+    refuse_augmentation(parser, options, "--fine-grained", options.fine_grained)
     return options
 
 
@@ -94,4 +98,4 @@ def _add_attack_options(parser: Parser) -> None:
         "images alone",
     )
     group.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each variant")
-    add_augmentation_options(parser, group)
+    add_augmentation_options(parser, group, "for the views of --fine-grained")

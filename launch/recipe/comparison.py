@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from .checkpoints import refuse_other_run
 from .errors import RunError
-from .run import Recipe, as_json, decisive_arguments, train_once
+from .run import Recipe, as_json, decisive_arguments, train_once, world_of
 
 # Variant: the results.json of its runs, one for each seed.
 Results = Mapping[str, Sequence[dict[str, Any]]]
@@ -46,8 +47,10 @@ def compare(
         for seed in range(seeds)
     }
     for number, ((name, _), each) in enumerate(runs.items(), start=1):
-        if options.resume == "auto" and _is_complete(each):
+        if options.resume == "auto" and _is_complete(each, accelerator):
             continue
+        # Graphs of the runs before count against Dynamo's limit.
+        torch.compiler.reset()
         accelerator.print(f"\n{name}, seed {each.seed}: run {number} of {len(runs)}, {each.output}")
         code = train_once(recipe, each, accelerator)
         if code:
@@ -102,16 +105,22 @@ def _options_of_run(
     return each
 
 
-def _is_complete(options: argparse.Namespace) -> bool:
+def _is_complete(options: argparse.Namespace, accelerator: Accelerator) -> bool:
     """Return whether this run has all its steps, or raise if the folder has another one."""
     file = options.output / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {"status": "absent"}
     if results["status"] != "complete":
         return False
-    saved, own = (decisive_arguments(each) for each in (results["arguments"], as_json(options)))
-    refuse_other_run(saved, own, file)
-    steps: int = results["steps_per_epoch"] * options.epochs
-    return len(results["losses"]) >= min(steps, options.max_steps or steps)
+    own = decisive_arguments(as_json(options), world_of(accelerator))
+    refuse_other_run(decisive_arguments(results["arguments"], results), own, file)
+    done, wanted = len(results["losses"]), results["steps_per_epoch"] * options.epochs
+    wanted = min(wanted, options.max_steps or wanted)
+    if done > wanted:
+        raise RunError(
+            f"--max-steps must be at least the {done} steps of {file}, got {wanted}; repeat it, or "
+            "pass another --output"
+        )
+    return bool(done == wanted)
 
 
 def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:
@@ -120,6 +129,12 @@ def _table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     width = max(len(name) for name in (*summary, "variant"))
     lines = [f"{'variant':{width}}" + "".join(f"  {metric:>24}" for metric in metrics)]
     for name, values in summary.items():
-        cells = (f"{v['mean']:.2%} ± {v['standard_error']:.2%}" for v in values.values())
+        cells = (_cell(v) for v in values.values())
         lines.append(f"{name:{width}}" + "".join(f"  {cell:>24}" for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    """Return the mean, and its standard error where there are several values."""
+    error = f" ± {value['standard_error']:.2%}" if len(value["values"]) > 1 else ""
+    return f"{value['mean']:.2%}{error}"

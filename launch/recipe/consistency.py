@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# As a gradient scaler has it, but small enough for a divergence of many nats.
+_SCALE = 2.0**10
+
 
 def pseudo_label_loss(logits: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """Return the cross-entropy with the most likely class of rows that are sure of it.
@@ -60,7 +63,8 @@ def virtual_adversary(
         trial = (xi * direction).requires_grad_()
         with torch.enable_grad():
             divergence = divergence_loss(forward(images + trial), targets)
-            (gradient,) = torch.autograd.grad(divergence, trial)
+            # The direction alone counts, and without a factor float16 holds none for sure rows.
+            (gradient,) = torch.autograd.grad(_SCALE * len(images) * divergence, trial)
         direction = _unit(gradient)
     return images + epsilon * direction
 

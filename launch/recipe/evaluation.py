@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +51,20 @@ def evaluate(
         )
     loss, accuracy = seen.double().mean(dim=0).tolist()
     return loss, accuracy
+
+
+def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all ranks the buffers of the first, which are saved and exported.
+
+    DDP does so before each forward pass, not after the last. Synchronized layers have them in
+    common; plain batch norms have those of their rank.
+
+    Communication:
+        One broadcast a buffer, on several ranks.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            broadcast(buffer)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,15 @@ from .errors import RunError
 _NAME = ".lock"
 
 
+def launcher_of(folder: Path) -> int | None:
+    """Return the process that started the ranks of the last run in a folder, as far as known."""
+    try:
+        _, launcher = (folder / _NAME).read_text().splitlines()
+        return int(launcher)
+    except (OSError, ValueError):
+        return None
+
+
 @contextlib.contextmanager
 def locked(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     """Hold a folder for this run, by a file that the main process locks while it lives.
@@ -43,12 +52,12 @@ def _acquire(folder: Path, stack: contextlib.ExitStack) -> str | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.readline().strip()
         return (
             f"--output must be of one run at a time, got {folder}, in use by {holder}; "
             "end that run, or pass another --output"
         )
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{os.getppid()}\n")
     file.flush()
     return None

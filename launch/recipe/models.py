@@ -83,7 +83,13 @@ def build_model(options: argparse.Namespace, *, num_classes: int, in_channels: i
     Raises:
         RunError: the model is unknown, or the weights are of another.
     """
-    num_classes = options.num_classes or num_classes
+    if options.num_classes is not None:
+        if options.num_classes < num_classes:
+            raise RunError(
+                f"--num-classes must be at least the {num_classes} classes of the images, got "
+                f"{options.num_classes}"
+            )
+        num_classes = options.num_classes
     if options.model == SMALL_RESNET:
         if options.pretrained:
             raise RunError(f"--pretrained must come with a model of timm, got {SMALL_RESNET}")

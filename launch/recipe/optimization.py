@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import RunError, require_timm
-from .options import SMALL_RESNET, timm_lr
+from .options import SMALL_RESNET
 
 
 class Schedule(Protocol):
@@ -30,18 +30,13 @@ def needs_timm(options: argparse.Namespace) -> bool:
     return not is_small or (options.opt, options.sched) != ("sgd", "cosine")
 
 
-def create_optimizer(
-    options: argparse.Namespace, model: nn.Module, *, ranks: int
-) -> torch.optim.Optimizer:
+def create_optimizer(options: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of a model that is converted already.
 
     Args:
         options: of `recipe.options.add_optimization_options`.
         model: all its parameters are trained; biases and batch norms are not decayed.
-        ranks: number of processes, by which timm scales a learning rate that is not given.
     """
-    if options.lr is None:
-        options.lr = timm_lr(options.opt, options.batch_size * ranks)
     if not needs_timm(options):
         return sgd(
             model, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay
@@ -57,6 +52,8 @@ def create_optimizer(
         )
     except (AssertionError, ValueError) as error:
         raise RunError(f"--opt must be sgd or one of timm, got {options.opt}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise RunError(f"--opt must need first derivatives alone, got {options.opt}")
     return optimizer
 
 
@@ -73,6 +70,9 @@ def create_schedule(
     if not needs_timm(options):
         warmup, total = options.warmup_epochs * steps, options.epochs * steps
         return WarmupCosine(optimizer, warmup=warmup, total=total)
+    # timm has none for "none", and "plateau" asks for a metric.
+    if options.sched in ("none", "plateau"):
+        raise RunError(f"--sched must follow from the step alone, got {options.sched}")
     timm = require_timm("timm.scheduler", "--sched")
     try:
         schedule, _ = timm.create_scheduler_v2(
@@ -85,9 +85,6 @@ def create_schedule(
         )
     except (AssertionError, ValueError) as error:
         raise RunError(f"--sched must be one of timm, got {options.sched}: {error}") from error
-    # timm has none for "none", and "plateau" asks for a metric.
-    if schedule is None or options.sched == "plateau":
-        raise RunError(f"--sched must follow from the step alone, got {options.sched}")
     typed: Schedule = schedule
     return typed
 

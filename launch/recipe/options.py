@@ -1,5 +1,6 @@
 """Command-line options that the recipes share, in timm's words where timm has them."""
 
+import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,6 @@ def add_data_options(parser: Parser) -> None:
         help=f"{SMALL_RESNET} (nine batch norms, for small images), or any model of timm",
     )
     group.add_argument(
-        "--pretrained", action="store_true", help="start from timm's pretrained weights"
-    )
-    group.add_argument(
-        "--initial-checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="start from these weights of the model with plain batch norms",
-    )
-    group.add_argument(
         "--num-classes", type=int, metavar="N", help="outputs of the model (default: as in DATA)"
     )
     group.add_argument(
@@ -82,13 +74,27 @@ def add_data_options(parser: Parser) -> None:
     )
 
 
-def add_augmentation_options(parser: Parser, group: Any) -> None:
-    """Add to a group what is done to augmented views, and to the labels."""
+def add_weights_options(parser: Parser) -> None:
+    """Add the weights from which training starts."""
+    group = parser.add_argument_group("first weights")
+    group.add_argument(
+        "--pretrained", action="store_true", help="start from timm's pretrained weights"
+    )
+    group.add_argument(
+        "--initial-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="start from these weights of the model with plain batch norms",
+    )
+
+
+def add_augmentation_options(parser: Parser, group: Any, use: str) -> None:
+    """Add to a group what is done to augmented views, and to the labels; `use` says of which."""
     group.add_argument(
         "--aa",
         metavar="POLICY",
         help="RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; with DATA any policy "
-        "of timm (without it views are augmented by random erasing alone)",
+        f"of timm ({use})",
     )
     group.add_argument(
         "--reprob",
@@ -103,6 +109,15 @@ def add_augmentation_options(parser: Parser, group: Any) -> None:
         metavar="SHARE",
         help="label smoothing: share of the target spread over all classes",
     )
+
+
+def refuse_augmentation(
+    parser: Parser, options: argparse.Namespace, owner: str, is_owned: bool
+) -> None:
+    """Exit with a message if views are to be augmented that only another option makes."""
+    for name, nothing in (("aa", None), ("reprob", 0.0)):
+        if getattr(options, name) != nothing and not is_owned:
+            parser.refuse(name, f"must come with {owner}, got {getattr(options, name)}")
 
 
 def add_optimization_options(

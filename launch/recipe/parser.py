@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .lock import launcher_of
+
 # A run goes on or is repeated with other values of these; all others decide its numbers.
 INDECISIVE = (
     "compare",
@@ -57,6 +59,7 @@ class Parser(argparse.ArgumentParser):
     Args:
         recipe: name of the module in `launch`.
         description: what the recipe does.
+        usage: how it is called; None for the way of a training run.
         digits: defaults for the bundled digits that other recipes have not, or have otherwise.
         data: the same for images of one's own.
         ranges: inclusive ranges of the options that are the recipe's own.
@@ -70,16 +73,18 @@ class Parser(argparse.ArgumentParser):
         digits: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
         ranges: Mapping[str, tuple[float, float]] | None = None,
+        usage: str | None = None,
     ) -> None:
         super().__init__(
             prog=recipe,
-            usage="accelerate launch --config_file launch/configs/two_processes.yaml "
+            usage=usage
+            or "accelerate launch --config_file launch/configs/two_processes.yaml "
             f"-m {recipe} [DATA] [options]",
             description=description,
-            epilog="Ctrl-C and SIGTERM end the run within seconds, with a checkpoint "
-            "and exit code 75; --resume auto goes on. The launcher of several processes adds a "
-            "traceback of its own and makes the code 1.",
+            epilog=None if usage else _EPILOG,
             formatter_class=_Formatter,
+            # A mistyped option must not pass for another one.
+            allow_abbrev=False,
         )
         self.digits = _DIGITS_DEFAULTS | dict(digits or {})
         self.data = _TIMM_DEFAULTS | {"workers": _workers()} | dict(data or {})
@@ -106,11 +111,30 @@ class Parser(argparse.ArgumentParser):
                 setattr(options, name, value)
         self._check(options)
         if "resume" in options:
-            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-                # The launcher has started the ranks anew after a failure.
-                options.resume = "auto"
-            options.output = options.output or _output(self.name, options.resume)
+            self._resume(options)
         return options
+
+    def _resume(self, options: argparse.Namespace) -> None:
+        """Find the folder of the run, and let `resume` be None, "auto" or a checkpoint."""
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            # The launcher has started the ranks anew after a failure.
+            options.resume = "auto"
+            options.output = (
+                options.output or _output_of_launcher(self.name) or _output(self.name, None)
+            )
+        elif options.resume not in (None, "auto"):
+            path = Path(options.resume)
+            if (path / "checkpoints").is_dir():
+                options.resume, folder = "auto", path
+            elif path.is_dir():
+                folder = path.parent.parent
+            else:
+                self.refuse(
+                    "resume",
+                    f"must be 'auto', or the folder of a run or of a checkpoint, got {path}",
+                )
+            options.output = options.output or folder
+        options.output = options.output or _output(self.name, options.resume)
 
     def _check(self, options: argparse.Namespace) -> None:
         """Exit with a message if a number is out of its range."""
@@ -131,6 +155,11 @@ class Parser(argparse.ArgumentParser):
         self.error(f"{flag_of(name)} {problem}")
 
 
+_EPILOG = (
+    "Ctrl-C and SIGTERM end the run within seconds, with a checkpoint and exit code 75; --resume "
+    "auto goes on. The launcher of several processes adds a traceback of its own and makes the "
+    "code 1."
+)
 _LARGE = 2**63
 _FINITE = sys.float_info.max
 _POSITIVE = sys.float_info.min
@@ -172,12 +201,20 @@ def _output(name: str, resume: str | None) -> Path:
 
     Every rank finds the same one: no checkpoint is written before all ranks have met.
     """
-    if resume not in (None, "auto"):
-        return Path(resume).parent.parent
     newest, number = None, 1
     while _holds_run(folder := _numbered(name, number)):
         newest, number = folder, number + 1
     return newest if resume == "auto" and newest else folder
+
+
+def _output_of_launcher(name: str) -> Path | None:
+    """Return the folder in which this rank's launcher began, before it started ranks anew."""
+    number = 1
+    while (folder := _numbered(name, number)).is_dir():
+        if launcher_of(folder) == os.getppid():
+            return folder
+        number += 1
+    return None
 
 
 def _holds_run(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..images.sets import count_channels, count_classes
+from ..images.sets import classes_of, count_channels
 from .models import build_model
 from .optimization import create_ema, create_optimizer
 
@@ -29,10 +29,10 @@ def prepare_model(
         The model, its optimizer, and timm's `ModelEmaV3` of it or None.
     """
     model = build_model(
-        options, num_classes=count_classes(options), in_channels=count_channels(options)
+        options, num_classes=len(classes_of(options)), in_channels=count_channels(options)
     )
     model = convert(model).to(accelerator.device, memory_format=memory_format_of(options))
-    optimizer = create_optimizer(options, model, ranks=accelerator.num_processes)
+    optimizer = create_optimizer(options, model)
     ema = create_ema(options, model)
     if options.torchcompile:
         # In place, so that the keys of a checkpoint stay.

@@ -20,11 +20,13 @@ from torch import nn
 from sync_splitbn import SyncSplitBatchNorm, check_replicas
 
 from .checkpoints import Checkpoints, contiguous_state
-from .errors import RunError
+from .errors import RunError, require_timm
 from .failure import clear_causes, reason, report_failure
 from .interruption import EXIT_INTERRUPTED, Interruption
 from .lock import locked
 from .models import plain_copy
+from .optimization import needs_timm
+from .options import timm_lr
 from .parser import INDECISIVE, flag_of
 from .report import Column, Report
 from .start import start
@@ -61,8 +63,13 @@ def run_safely(
     Communication:
         All ranks call it together.
     """
+    # Before the ranks meet, so that none has failed yet.
+    if options.output is not None and os.environ.get("RANK", "0") == "0":
+        clear_causes(options.output)
     try:
         accelerator = start(options)
+        if getattr(options, "lr", 0.0) is None:
+            options.lr = timm_lr(options.opt, options.batch_size * accelerator.num_processes)
         code = body(options, accelerator)
     except Exception as error:
         return report_failure(error, options.output)
@@ -88,17 +95,16 @@ def train_once(recipe: Recipe, options: argparse.Namespace, accelerator: Acceler
     `results.json` says from the beginning to any end how the run stands: running, complete,
     interrupted, or failed with the reason.
     """
-    arguments = as_json(options)
-    world = {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    decisive = decisive_arguments(arguments)
+    if needs_timm(options):
+        require_timm("timm", "images, a model, an optimizer or a schedule of timm")
+    arguments, world = as_json(options), world_of(accelerator)
     header = {"arguments": arguments, "device": accelerator.device.type, **world}
     main = accelerator.is_main_process
     report = Report(options.output, main=main, columns=recipe.columns, header=header)
-    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", world | decisive)
+    decisive = decisive_arguments(arguments, world)
+    checkpoints = Checkpoints(accelerator, options.output / "checkpoints", decisive)
     with locked(accelerator, options.output):
         checkpoint = checkpoints.find(options.resume)
-        if main:
-            clear_causes(options.output)
         report.write("running")
         try:
             return _train(recipe, options, accelerator, report, checkpoints, checkpoint)
@@ -120,8 +126,11 @@ def _train(
     """Do everything between the first and the last use of the model."""
     set_seed(options.seed)
     accelerator.dataloader_config.data_seed = options.seed
-    accelerator.project_configuration.set_directories(str(options.output))
+    # In the run's own folder, where several runs share an accelerator too.
+    accelerator.project_configuration.logging_dir = str(options.output)
+    accelerator.project_configuration.project_dir = str(options.output)
     task = recipe.prepare(options, accelerator)
+    report.results["classes"] = list(task.classes)
     checkpoints.ema = None if task.ema is None else task.ema.module
     trainer = Trainer(
         accelerator,
@@ -159,7 +168,8 @@ def _train(
         return EXIT_INTERRUPTED
     if accelerator.is_main_process:
         model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
-        metadata = {"model": options.model, "mean": task.mean, "std": task.std}
+        metadata = {"model": options.model, "classes": task.classes}
+        metadata |= {"mean": task.mean, "std": task.std}
         files = _export(options.output, model, metadata)
         recipe.draw(report.results).savefig(options.output / "summary.png")
         report.write("complete")
@@ -167,9 +177,20 @@ def _train(
     return 0
 
 
-def decisive_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments, as results.json has them, that decide the numbers, by their flags."""
-    return {flag_of(name): value for name, value in arguments.items() if name not in INDECISIVE}
+def world_of(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what the launcher decides of the numbers of a run, as results.json has it."""
+    return {"ranks": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+
+
+def decisive_arguments(arguments: dict[str, Any], world: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides the numbers of a run, by the names the user knows.
+
+    Args:
+        arguments: as results.json has them; some of them decide.
+        world: as `world_of` returns it.
+    """
+    own = {flag_of(name): value for name, value in arguments.items() if name not in INDECISIVE}
+    return {name: world[name] for name in ("ranks", "mixed_precision")} | own
 
 
 def as_json(options: argparse.Namespace) -> dict[str, Any]:

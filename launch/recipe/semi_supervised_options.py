@@ -7,6 +7,8 @@ from .options import (
     add_data_options,
     add_optimization_options,
     add_run_options,
+    add_weights_options,
+    refuse_augmentation,
 )
 from .parser import Parser
 
@@ -44,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         ranges=_RANGES,
     )
     add_data_options(parser)
+    add_weights_options(parser)
     _add_method_options(parser)
     _add_shift_options(parser)
     add_optimization_options(
@@ -55,6 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse(arguments)
     if options.method == "fixmatch" and options.aa is None:
         parser.refuse("method", "must come with --aa for the strong view, got fixmatch without")
+    refuse_augmentation(parser, options, "--method fixmatch", options.method == "fixmatch")
     return options
 
 
@@ -102,7 +106,7 @@ def _add_method_options(parser: Parser) -> None:
     group.add_argument(
         "--vat-xi", type=float, default=1e-2, metavar="L", help="length of its trial step"
     )
-    add_augmentation_options(parser, group)
+    add_augmentation_options(parser, group, "for the strong view of fixmatch")
 
 
 def _add_shift_options(parser: Parser) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .checkpoints import Checkpoints, Progress
 from .errors import RunError
+from .evaluation import share_buffers
 from .interruption import Interruption
 from .optimization import Schedule
 from .report import Report
@@ -34,6 +35,7 @@ class Task:
         loader: yields the training batches, equally many on all ranks.
         set_epoch: called with the number of the epoch before it begins.
         schedule: moves the learning rate of `optimizer`.
+        classes: names of the classes, by their numbers.
         mean: mean of each band with which images were normalized, as a fraction of white.
         std: standard deviation of each band with which images were normalized, likewise.
         images_per_item: images that one item of the loader holds.
@@ -48,6 +50,7 @@ class Task:
     set_epoch: Callable[[int], None]
     optimizer: Optimizer
     schedule: Schedule
+    classes: Sequence[str]
     mean: Sequence[float]
     std: Sequence[float]
     images_per_item: int = 1
@@ -97,9 +100,12 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint that `Checkpoints.find` returned."""
         self.progress = self.checkpoints.load(checkpoint)
-        # The rate that was saved is another one if the run is extended to more epochs.
-        self.task.schedule.step(self.progress.epoch)
-        self.task.schedule.step_update(self._steps())
+        # The rate that was saved is another one if the run is extended to more epochs. What a
+        # run has not done at its start is not done here.
+        if self.progress.epoch:
+            self.task.schedule.step(self.progress.epoch)
+        if self._steps():
+            self.task.schedule.step_update(self._steps())
 
     def describe(self) -> str:
         """Return where the run stands, in one line."""
@@ -234,6 +240,9 @@ class Trainer:
         """Return what one epoch came to."""
         progress = self.progress
         losses = progress.losses[-progress.step :]
+        for module in (self._model, self.task.ema):
+            if module is not None:
+                share_buffers(self.accelerator, module)
         metrics = self.task.evaluate(self._model)
         self.accelerator.log(dict(_flatten(metrics)), step=len(progress.losses))
         return {

@@ -284,6 +284,33 @@ def test_mixed_precision_channels_last_clipping_and_compilation_train(folder, tm
     assert all(np.isfinite(results["losses"]))
 
 
+def test_average_of_plain_batch_norms_is_resumed_to_the_same_bits(folder, tmp_path):
+    """Each rank averaged running statistics of its own, of which one rank's were saved."""
+    arguments = [str(folder), *SMALL, "--model-ema", "--model-ema-decay", "0.5", "--lr", "0.01"]
+    rows = []
+    for name, lengths in (("whole", ["6"]), ("parts", ["2", "6"])):
+        for steps in lengths:
+            command = [*arguments, "--max-steps", steps, "--output", str(tmp_path / name)]
+            command += ["--resume", "auto"]
+            assert run_ranks(run, 2, tmp_path, command) == [(0, ""), (0, "")]
+        rows.append(json.loads((tmp_path / name / "results.json").read_text())["epochs"][-1])
+    assert rows[0]["ema_loss"] == rows[1]["ema_loss"]
+    assert rows[0]["test_loss"] == rows[1]["test_loss"]
+
+
+def test_evaluation_refuses_images_of_other_classes(finished, folder, tmp_path):
+    """Without class 4, every later one had the number of the one before."""
+    data = damaged(folder, tmp_path, "other-classes")
+    ((code, said),) = run_ranks(score, 1, tmp_path, [str(finished[0]), str(data), "-j", "0"])
+    assert code == 2
+    assert "validation must have the classes of the training images, got a difference in 4" in said
+    # With the names of the classes in results.json, the training images need not be there.
+    shutil.rmtree(data / "train")
+    shutil.copytree(folder / "validation" / "4", data / "validation" / "4")
+    ((code, said),) = run_ranks(score, 1, tmp_path, [str(finished[0]), str(data), "-j", "0"])
+    assert code == 0, said
+
+
 def test_initial_checkpoint_is_where_the_run_starts(finished, folder, tmp_path):
     weights = finished[0] / "plain.safetensors"
     options = options_of(folder, "--initial-checkpoint", str(weights))
@@ -332,6 +359,11 @@ def damaged(folder, tmp_path, kind):
         ),
         ("whole", ["--opt", "sgdx"], r"--opt must be sgd or one of timm, got sgdx: .*"),
         ("whole", ["--sched", "never"], r"--sched must be one of timm, got never.*"),
+        (
+            "whole",
+            ["--opt", "adahessian"],
+            r"--opt must need first derivatives alone, got adahes.*",
+        ),
         ("whole", ["--sched", "plateau"], r"--sched must follow from the step alone, got plateau"),
         ("whole", ["--mean", "0.5"], r"--mean must hold one number for each of 3 bands, got .*"),
     ],
