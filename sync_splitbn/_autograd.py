@@ -22,13 +22,15 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
         num_splits: int,
         eps: float,
         group: Any,
-        impl: str | None,
-        *parameters: Tensor | None,
+        *impl_and_parameters: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return y, like x, and the global moments, [S, 2C + 1].
 
         The parameters are S weights and S biases, [C] each, or None.
         """
+        # Where there are as many arguments as names, Dynamo leaves out ctx, and where the others
+        # were 2 S parameters alone, one split had as many.
+        impl, *parameters = impl_and_parameters
         kernels = _kernels.choose(impl, x)
         weights, biases = _given(parameters[:num_splits]), _given(parameters[num_splits:])
         if group is None:

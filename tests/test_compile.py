@@ -249,6 +249,20 @@ def test_compiled_graphs_on_a_cpu_call_the_loops():
     assert "sync_splitbn.update_running_stats" in code
 
 
+@pytest.mark.parametrize("affine", ["own", "shared", "none"])
+@pytest.mark.parametrize("num_splits", [1, 2, 3])
+def test_forward_without_gradients_compiles_to_one_graph(num_splits, affine):
+    """With one split, Dynamo took the arguments for one fewer, and broke the graph."""
+    options = {"affine": affine != "none", "share_affine": affine == "shared"}
+    layer = SyncSplitBatchNorm(4, num_splits=num_splits, **options)
+    twin, x = copy.deepcopy(layer), torch.randn(6, 4, 3, 3)
+    with torch.no_grad():
+        y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(y, twin(x))
+    for (name, a), b in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_functional_compiles_to_one_graph():
     def operation(x, weight):
         return sync_split_batch_norm(x, 2, weight)[0].relu()
