@@ -59,11 +59,16 @@ def sync_split_batch_norm(
         is [S].
 
     Raises:
-        TypeError: `input` or a parameter is not floating, or `index` not integer.
-        RuntimeError: the named `impl` cannot compute here.
+        TypeError: `input` or a parameter is no floating tensor, or `index` not integer.
+        RuntimeError: the named `impl` cannot compute here, or accelerate's `Accelerator` takes each
+            rank for the only one, and averages no gradients.
         ValueError: a shape, a size, a device, an index, `eps` or `impl` does not fit. It is raised
             on the rank whose data are wrong, before the collective, so the others wait for their
             time-out: let the same call be right on every rank.
+
+    Warns:
+        UserWarning: accelerate's loader with `even_batches=False` ends earlier on some ranks; see
+            `sync_splitbn.data.until_all_done`.
 
     Numerics:
         Local sums in float32 or wider, about a value near the data, totals in float64. A split with

@@ -62,7 +62,8 @@ class SyncSplitBatchNorm(SplitState, Assignable):
 
     Raises:
         TypeError: `input` is not floating, or `process_group` is no group.
-        ValueError: a shape, size or index does not fit; see `sync_split_batch_norm`.
+        ValueError: a shape, size or index does not fit.
+        RuntimeError, and a warning: as of `sync_split_batch_norm`.
 
     Numerics:
         As `sync_split_batch_norm`. A split that is empty on all ranks keeps its running

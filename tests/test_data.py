@@ -379,12 +379,14 @@ def test_uneven_shards_of_accelerate_end_together(tmp_path):
 
 def stepping(rank, world_size, images, how):
     """Steps inside a loader of accelerate that gives rank 0 a batch more; what was warned of."""
+    even = how in ("override", "even")
     accelerator = Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=how == "override")
+        cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=even)
     )
     layer = SyncSplitBatchNorm(3, num_splits=1)
+    dataset = Streamed(images) if how == "stream" else torch.randn(images, 3)
     model, loader = accelerator.prepare(
-        nn.Sequential(nn.Linear(3, 3), layer), DataLoader(torch.randn(images, 3), batch_size=2)
+        nn.Sequential(nn.Linear(3, 3), layer), DataLoader(dataset, batch_size=2)
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -398,7 +400,7 @@ def stepping(rank, world_size, images, how):
             loader = accelerator.skip_first_batches(loader, 1)
         steps = 0
         for rows in until_all_done(loader) if how == "until_all_done" else loader:
-            run(rows)
+            run(rows if rows.dim() == 2 else rows[:, None].expand(-1, 3).float())
             steps += 1
             if steps == 2 and how != "until_all_done":
                 break
@@ -412,7 +414,10 @@ def test_loader_that_may_leave_ranks_waiting_is_warned_of_once(how, tmp_path):
         assert "must yield as many batches on each rank, got 7 batches for 2 ranks" in message
 
 
-@pytest.mark.parametrize(("images", "how"), [(9, "until_all_done"), (7, "loader"), (8, "override")])
+@pytest.mark.parametrize(
+    ("images", "how"),
+    [(9, "until_all_done"), (7, "loader"), (8, "override"), (5, "even"), (8, "stream")],
+)
 def test_loader_whose_ranks_end_together_is_not_warned_of(images, how, tmp_path):
     steps = (images + 3) // 4
     assert run_ranks(stepping, 2, tmp_path, images, how) == [(steps, []), (steps, [])]

@@ -139,6 +139,12 @@ print(sync_splitbn.SyncSplitBatchNorm(3)(torch.randn(4, 3)).shape, cpu.unavailab
     assert reason in done.stdout, done.stderr
 
 
+@COMPILED
+def test_types_without_loops_are_named():
+    reason = _kernels.default_unavailable(torch.empty(0, 1, dtype=torch.float8_e4m3fn))
+    assert reason == "no compiled loops for torch.float8_e4m3fn on cpu"
+
+
 def test_aten_serves_where_the_loops_are_of_another_version():
     code = """
 import sys, types, torch

@@ -553,7 +553,9 @@ def test_checkpoint_of_another_number_of_splits_is_refused_by_it(own, given):
         )
 
 
-@pytest.mark.parametrize("given", [{}, {"weight": torch.ones(4)}, {"aux_bn.1.bias": torch.ones(4)}])
+@pytest.mark.parametrize(
+    "given", [{}, *({name: torch.ones(4)} for name in ("weight", "aux_bn.0.bias", "aux_bn.1.bias"))]
+)
 def test_part_of_a_state_changes_what_it_holds_and_nothing_else(given):
     layer = randomized(SyncSplitBatchNorm(4, num_splits=3))
     for number, stats in enumerate(layer._splits()):
