@@ -15,10 +15,11 @@ FLOORS = [
     {"__main__"},
     {"__init__"},
     {"convert", "diagnostics", "replicas"},
+    {"_convertible"},
     {"layer"},
     {"_state"},
     {"assignment", "functional", "data"},
-    {"_autograd"},
+    {"_autograd", "_uneven"},
     {"_kernels"},
     {
         "_kernels.aten",
