@@ -861,7 +861,7 @@ def test_operators_refuse_what_does_not_fit():
     moments = ops.moments(ops.sums(x, *rows, 2))
     narrow, short = moments[:, :-2], moments[:1]
     weights = [torch.ones(3)] * 2
-    local = torch.zeros(2, 6)
+    local, last = torch.zeros(2, 6), x.contiguous(memory_format=torch.channels_last)
     for call in (
         lambda: ops.sums(x[0, 0, 0], *rows, 2),
         lambda: ops.sums(x.long(), *rows, 2),
@@ -879,7 +879,7 @@ def test_operators_refuse_what_does_not_fit():
         lambda: ops.normalize(x, *rows, moments, [torch.ones(3).double()] * 2, [], 1e-5),
         lambda: ops.normalize(x, *rows, moments, weights, [torch.ones(4)] * 2, 1e-5),
         lambda: ops.grad_sums(dy[:4], x, *rows, moments, 1e-5),
-        lambda: ops.grad_sums(torch.ones(1, 1, 1, 1), x.mT, *rows, moments, 1e-5),
+        lambda: ops.grad_sums(torch.ones(1, 1, 1, 1), last, *rows, moments, 1e-5),
         lambda: ops.grad_sums(dy.transpose(2, 3), x, *rows, moments, 1e-5),
         lambda: ops.grad_sums(dy, x, *rows, narrow, 1e-5),
         lambda: ops.grad_input(dy, x, *rows, moments, weights, 1e-5, local[:, :4]),
