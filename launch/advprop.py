@@ -7,6 +7,7 @@ through the auxiliary split, and clean images are tested with the statistics of 
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,27 +99,8 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
 
     def metrics(model: nn.Module) -> dict[str, Any]:
         tested = model if ema is None else ema.module
-        by_split = {
-            split: (
-                evaluate(accelerator, tested, tests, split=split),
-                evaluate(
-                    accelerator,
-                    tested,
-                    few_tests,
-                    split=split,
-                    make_input=functools.partial(test_attack, tested),
-                ),
-            )
-            # Joint statistics have one way, which stands for both.
-            for split in {0, _auxiliary(options)}
-        }
-        found: dict[str, Any] = {}
-        for clean, attacked, split in (
-            ("test", "attacked", 0),
-            ("auxiliary", "auxiliary_attacked", _auxiliary(options)),
-        ):
-            (found[f"{clean}_loss"], found[f"{clean}_accuracy"]), under_attack = by_split[split]
-            found[f"{attacked}_accuracy"] = under_attack[1]
+        attacked = functools.partial(test_attack, tested)
+        found = test_both_ways(accelerator, tested, tests, few_tests, attacked, _auxiliary(options))
         return found | divergence_metrics(model)
 
     return Task(
@@ -135,6 +117,41 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
         clip_grad=options.clip_grad,
         ema=ema,
     )
+
+
+def test_both_ways(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tests: Any,
+    few_tests: Any,
+    attack: Callable[[Tensor, Tensor], Tensor],
+    auxiliary: int,
+) -> dict[str, Any]:
+    """Return loss and accuracy of clean and attacked images by split 0 and by another one.
+
+    Args:
+        accelerator: which prepared the loaders.
+        model: without wrappers.
+        tests: yields the clean images.
+        few_tests: yields those that are attacked.
+        attack: from images and labels to attacked images.
+        auxiliary: the other split; where it is 0 too, one way stands for both.
+    """
+    by_split = {
+        split: (
+            evaluate(accelerator, model, tests, split=split),
+            evaluate(accelerator, model, few_tests, split=split, make_input=attack),
+        )
+        for split in {0, auxiliary}
+    }
+    found: dict[str, Any] = {}
+    for clean, attacked, split in (
+        ("test", "attacked", 0),
+        ("auxiliary", "auxiliary_attacked", auxiliary),
+    ):
+        (found[f"{clean}_loss"], found[f"{clean}_accuracy"]), under_attack = by_split[split]
+        found[f"{attacked}_accuracy"] = under_attack[1]
+    return found
 
 
 def _spread(dataset: Dataset[Any], number: int) -> Dataset[Any]:

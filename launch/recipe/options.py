@@ -163,6 +163,11 @@ def add_optimization_options(
     group.add_argument(
         "--clip-grad", type=float, metavar="NORM", help="largest norm of all gradients together"
     )
+    _add_precision_options(parser)
+
+
+def _add_precision_options(parser: Parser) -> None:
+    group = parser.add_argument_group("precision, compilation, averaging")
     group.add_argument(
         "--mixed-precision",
         choices=("no", "fp16", "bf16"),

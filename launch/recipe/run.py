@@ -168,13 +168,19 @@ def _train(
         return EXIT_INTERRUPTED
     if accelerator.is_main_process:
         model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
-        metadata = {"model": options.model, "classes": task.classes}
-        metadata |= {"mean": task.mean, "std": task.std}
-        files = _export(options.output, model, metadata)
-        recipe.draw(report.results).savefig(options.output / "summary.png")
-        report.write("complete")
-        report.print(_last_words(recipe.conclude(report.results), options.output, files))
+        _complete(recipe, options, task, model, report)
     return 0
+
+
+def _complete(
+    recipe: Recipe, options: argparse.Namespace, task: Task, model: nn.Module, report: Report
+) -> None:
+    """Write the weights and the figure of a run that has all its steps, and say so."""
+    metadata = {"model": options.model, "classes": task.classes}
+    files = _export(options.output, model, metadata | {"mean": task.mean, "std": task.std})
+    recipe.draw(report.results).savefig(options.output / "summary.png")
+    report.write("complete")
+    report.print(_last_words(recipe.conclude(report.results), options.output, files))
 
 
 def world_of(accelerator: Accelerator) -> dict[str, Any]:
