@@ -133,7 +133,13 @@ def prepare(options: argparse.Namespace, accelerator: Accelerator) -> Task:
             tested = copy.deepcopy(tested)
             update_bn(labelled, tested, accelerator.device)
         loss, accuracy = evaluate(accelerator, tested, tests, split=0)
-        by_layer = divergence_by_layer(model, probe, accelerator.device, is_split=is_split)
+        by_layer = divergence_by_layer(
+            model,
+            probe,
+            accelerator.device,
+            is_split=is_split,
+            is_compiled=options.torchcompile is not None,
+        )
         return {
             "test_loss": loss,
             "test_accuracy": accuracy,
@@ -187,7 +193,7 @@ def training_set(options: argparse.Namespace, images: ImageSets) -> LabelledAndU
 
 
 def divergence_by_layer(
-    model: nn.Module, probe: Any, device: torch.device, *, is_split: bool
+    model: nn.Module, probe: Any, device: torch.device, *, is_split: bool, is_compiled: bool
 ) -> dict[str, float]:
     """Return how far the two parts of a batch are apart where they enter each batch norm, in nats.
 
@@ -197,11 +203,12 @@ def divergence_by_layer(
     labelled, _, unlabelled = probe
     rows = torch.cat([labelled, unlabelled[:, :, 0].flatten(0, 1)]).to(device)
     sizes = (len(labelled), len(rows) - len(labelled))
-    # Eager, for hooks would have the compiled training model traced anew.
-    with (
-        torch.compiler.set_stance("force_eager"),
-        assign_splits(model, sizes=sizes) if is_split else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as stack:
+        if is_split:
+            stack.enter_context(assign_splits(model, sizes=sizes))
+        if is_compiled:
+            # For hooks, the model would be traced anew.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         found = split_divergence(model, rows, sizes=sizes)
     return {layer: pairs[0, 1] for layer, pairs in found.items()}
 

@@ -49,8 +49,9 @@ def compare(
     for number, ((name, _), each) in enumerate(runs.items(), start=1):
         if options.resume == "auto" and _is_complete(each, accelerator):
             continue
-        # Graphs of the runs before count against Dynamo's limit.
-        torch.compiler.reset()
+        if each.torchcompile:
+            # Graphs of the runs before count against Dynamo's limit.
+            torch.compiler.reset()
         accelerator.print(f"\n{name}, seed {each.seed}: run {number} of {len(runs)}, {each.output}")
         code = train_once(recipe, each, accelerator)
         if code:
