@@ -29,8 +29,15 @@ constexpr int64_t LARGE = 1 << 24;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t elements(const Batch& batch) { return batch.rows * batch.features * batch.length; }
 
-// The place of one of four samples of n elements: not the first, and out of step with images' sizes.
-int64_t sampled(int64_t i, int64_t n) { return n * (5 * i + 1) / 17; }
+// The place of one of eight samples of n elements: not the first, and out of step with images.
+int64_t sampled(int64_t i, int64_t n) { return n * (5 * i + 1) / 41; }
+
+// A value near most of the data, from eight samples: few outliers among them do not move it.
+template <class Sample>
+inline auto near_most(const Sample& sample) {
+  return middle(sample(0), sample(1), sample(2), sample(3)) / 2 +
+         middle(sample(4), sample(5), sample(6), sample(7)) / 2;
+}
 
 // The end of the rows from `row` on that are of one split, at most `limit` of them.
 int64_t end_of_split(const Batch& batch, int64_t row, int64_t limit) {
@@ -139,7 +146,7 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
       if (GRAD || mean)
         shift = read(mean + from + c, some);
       else
-        shift = middle(sample(0), sample(1), sample(2), sample(3));
+        shift = near_most(sample);
       write<false>(shift, near + c, All());
     });
     for (int64_t i = width; i < positions_per_row * width; i++) near[i] = near[i - width];
@@ -213,12 +220,12 @@ void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean
     const int64_t n = least(RUN<T>, length - start);
     for (int64_t c = from; c < to; c++) {
       const auto sample = [&](int64_t i) {
-        return read(x + (rows * i / 4 * features + c) * length + start + sampled(i, n));
+        return read(x + (rows * i / 8 * features + c) * length + start + sampled(i, n));
       };
       if (GRAD || mean)
         sums[c].near = mean[c];
       else
-        sums[c].near = middle(sample(0), sample(1), sample(2), sample(3));
+        sums[c].near = near_most(sample);
       sums[c].sum = sums[c].product = Vector<T>{};
     }
     for (int64_t row = 0; row < rows; row++)
