@@ -77,7 +77,7 @@ class SyncSplitBatchNormFunction(torch.autograd.Function):
                 sums = reduce(local, ctx.group)
                 dx = kernels.grad_input(dy, x, index, sizes, moments, weights, eps, sums)
         # The rows are dbias and dweight of split 0, then of split 1, and so on.
-        rows = local.reshape(2 * len(moments), x.shape[1]).unbind()
+        rows = local.reshape(2 * moments.shape[0], x.shape[1]).unbind()
         parameters = zip(needed[7:], rows[1::2] + rows[::2], strict=True)
         not_tensors = (None,) * 6
         return dx, *not_tensors, *(grad if wanted else None for wanted, grad in parameters)

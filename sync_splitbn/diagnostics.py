@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._moments import check_storage
+from ._state import BUFFERS
 from .functional import sync_split_batch_norm
 from .layer import SyncSplitBatchNorm
 
@@ -127,7 +128,7 @@ def _running_statistics(model: nn.Module) -> dict[str, _Statistics]:
     for path, layer in model.named_modules():
         if not isinstance(layer, SyncSplitBatchNorm) or layer.num_splits == 1:
             continue
-        means, variances = layer._means_and_variances()
+        means, variances = layer._buffers_by_split(*BUFFERS[:2])
         for tensor in means + variances:
             _check_values(path, tensor)
         if means:

@@ -243,7 +243,9 @@ def _checked(
         wide = value.to(dtype) if value.is_floating_point() else value
         values = wide.unbind() if wide.dim() == 2 else [wide] * num_splits
     else:
-        values = list(value) if isinstance(value, Iterable) else [value]
+        # Not asked of lists: an abstract class takes long to answer.
+        is_many = type(value) is list or isinstance(value, Iterable)
+        values = list(value) if is_many else [value]
     for each in values:
         if not isinstance(each, Tensor):
             raise TypeError(

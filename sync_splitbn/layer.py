@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._moments import Tensors, accumulation_dtype, check_storage
-from ._state import PARAMETERS, SplitState
+from ._state import BUFFERS, PARAMETERS, SplitState
 from .assignment import Assignable
 from .functional import (
     check_input,
@@ -141,21 +141,20 @@ class SyncSplitBatchNorm(SplitState, Assignable):
 
     def _running_stats(self) -> tuple[Tensors, Tensors, Tensors] | None:
         """Return the running means, variances and counters of all splits, or None without them."""
-        means, variances = self._means_and_variances()
         # As in plain batch norm, without counters there is no average to take.
-        (counters,) = self._by_split("num_batches_tracked")
+        means, variances, counters = self._buffers_by_split(*BUFFERS)
         return (means, variances, counters) if means else None
 
-    def _means_and_variances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the running means and variances of all splits, or nothing without them."""
-        means, variances = self._by_split("running_mean", "running_var")
+    def _buffers_by_split(self, *names: str) -> list[list[Tensor]]:
+        """Return the running means, variances and so on of all splits, or nothing without them."""
+        means, variances, *others = self._by_split(*names)
         if means and not variances:
             raise RuntimeError("running_var must be a tensor where running_mean is one, got None")
-        return means, variances
+        return [means, variances, *others]
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""
-        means, variances = self._means_and_variances()
+        means, variances = self._buffers_by_split(*BUFFERS[:2])
         assignment = self._assignment
         if assignment is None:
             return self._evaluate_one(input, 0, means[0], variances[0])

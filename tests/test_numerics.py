@@ -154,7 +154,7 @@ def test_padding_ahead_of_the_data_costs_few_digits(impl, memory_format):
 
 
 # The first, and those that the loops sample, of one row of 1,024, of two and of four together.
-PLACES = [0, *range(24, 1024, 125), 99, 599, 74, 574, 49, 549, 299, 799]
+PLACES = [0, 1, 257, 513, 769, *range(24, 1024, 125), 99, 599, 74, 574, 49, 549, 299, 799]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -29,16 +29,6 @@ constexpr int64_t LARGE = 1 << 24;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t elements(const Batch& batch) { return batch.rows * batch.features * batch.length; }
 
-// The place of one of eight samples of n elements: not the first, and out of step with images.
-int64_t sampled(int64_t i, int64_t n) { return n * (5 * i + 1) / 41; }
-
-// A value near most of the data, from eight samples: few outliers among them do not move it.
-template <class Sample>
-inline auto near_most(const Sample& sample) {
-  return middle(sample(0), sample(1), sample(2), sample(3)) / 2 +
-         middle(sample(4), sample(5), sample(6), sample(7)) / 2;
-}
-
 // The end of the rows from `row` on that are of one split, at most `limit` of them.
 int64_t end_of_split(const Batch& batch, int64_t row, int64_t limit) {
   const int64_t last = least(batch.rows, row + limit);
@@ -140,13 +130,16 @@ void add_positions(const T* dy, const T* x, const Scalar<T>* mean, int64_t n, in
     alignas(32) Scalar<T> near[SIZE], sums[SIZE], products[SIZE];
     vectors<T>(width, [&](int64_t c, auto some) {
       Vector<T> shift{};
+      // Not the first position, and out of step with the sizes of images.
       const auto sample = [&](int64_t i) {
-        return read(x + sampled(i, n) * features + from + c, some);
+        return read(x + n * (5 * i + 1) / 41 * features + from + c, some);
       };
       if (GRAD || mean)
         shift = read(mean + from + c, some);
       else
-        shift = near_most(sample);
+        // Twice the middle of four: rows are added up one by one, which costs digits far from 0.
+        shift = middle(sample(0), sample(1), sample(2), sample(3)) / 2 +
+                middle(sample(4), sample(5), sample(6), sample(7)) / 2;
       write<false>(shift, near + c, All());
     });
     for (int64_t i = width; i < positions_per_row * width; i++) near[i] = near[i - width];
@@ -219,13 +212,15 @@ void add_rows(const Batch& batch, const T* dy, const T* x, const Scalar<T>* mean
   for (int64_t start = 0; start < length; start += RUN<T>) {
     const int64_t n = least(RUN<T>, length - start);
     for (int64_t c = from; c < to; c++) {
+      // Beside the first position, which borders and marks make an outlier.
       const auto sample = [&](int64_t i) {
-        return read(x + (rows * i / 8 * features + c) * length + start + sampled(i, n));
+        const int64_t at = least(n * i / 4 + 1, n - 1);
+        return read(x + (rows * i / 4 * features + c) * length + start + at);
       };
       if (GRAD || mean)
         sums[c].near = mean[c];
       else
-        sums[c].near = near_most(sample);
+        sums[c].near = middle(sample(0), sample(1), sample(2), sample(3));
       sums[c].sum = sums[c].product = Vector<T>{};
     }
     for (int64_t row = 0; row < rows; row++)
