@@ -238,12 +238,13 @@ def _checked(
     if value is None:
         return []
     shape, dtype, device = input.shape[1:2], accumulation_dtype(input.dtype), input.device
+    values: Sequence[Any]
     if isinstance(value, Tensor):
         # Cast once for all splits: the sum of their gradients is rounded once.
         wide = value.to(dtype) if value.is_floating_point() else value
         values = wide.unbind() if wide.dim() == 2 else [wide] * num_splits
     else:
-        # Not asked of lists: an abstract class takes long to answer.
+        # A list is not asked whether it is iterable, which takes long to answer.
         is_many = type(value) is list or isinstance(value, Iterable)
         values = list(value) if is_many else [value]
     for each in values:
