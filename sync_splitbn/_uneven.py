@@ -62,6 +62,7 @@ def until_all_done(loader: Iterable[T], process_group: Any = None) -> Iterator[T
         which waits for the device under NCCL. None in a group of one.
 
     Example:
+        >>> import torch
         >>> [batch.tolist() for batch in until_all_done([torch.ones(2), torch.ones(1)])]
         [[1.0, 1.0], [1.0]]
     """

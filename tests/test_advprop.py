@@ -188,12 +188,13 @@ SMALL += ["--attack-steps", "2", "--test-attack-steps", "2"]
 def test_one_process_with_twice_the_batch_has_the_same_losses(tmp_path):
     losses = []
     for world_size in (1, 2):
-        arguments = [*SMALL, "-b", str(32 // world_size), "--max-steps", "4"]
+        arguments = [*SMALL, "-b", str(32 // world_size), "--max-steps", "3"]
         arguments += ["--output", str(tmp_path / str(world_size))]
         answers = run_ranks(few_digits, world_size, tmp_path, "launch.advprop", arguments)
         assert answers[0][0] == 0, answers[0][1]
         file = tmp_path / str(world_size) / "auxiliary-seed0" / "results.json"
         losses.append(json.loads(file.read_text())["losses"])
+    # Later, signs of the attack's gradient change in the last bit, and so do whole grey values.
     torch.testing.assert_close(*losses, rtol=0, atol=2e-3)
 
 

@@ -153,7 +153,7 @@ def test_interrupted_and_resumed_run_equals_the_whole_one_bit_for_bit(stop, whol
         assert_equal(state, expected[number])
 
 
-def tested_buffers(rank, world_size, arguments):
+def buffers_at_evaluation(rank, world_size, arguments):
     """The sum of all running statistics that each evaluation of a run was made with."""
     from launch import train as recipe
 
@@ -171,7 +171,7 @@ def tested_buffers(rank, world_size, arguments):
 def test_ranks_test_one_model_where_each_has_plain_batch_norms(tmp_path):
     """Each rank was tested with running statistics of its own, and one of them was saved."""
     arguments = ["--epochs", "2", "-b", "16", "--max-steps", "4", "--output", str(tmp_path / "run")]
-    first, second = run_ranks(tested_buffers, 2, tmp_path, arguments)
+    first, second = run_ranks(buffers_at_evaluation, 2, tmp_path, arguments)
     assert first == second
     assert len(set(first)) == 2
 
