@@ -147,10 +147,10 @@ class SyncSplitBatchNorm(SplitState, Assignable):
 
     def _buffers_by_split(self, *names: str) -> list[list[Tensor]]:
         """Return the running means, variances and so on of all splits, or nothing without them."""
-        means, variances, *others = self._by_split(*names)
-        if means and not variances:
+        buffers = self._by_split(*names)
+        if buffers[0] and not buffers[1]:
             raise RuntimeError("running_var must be a tensor where running_mean is one, got None")
-        return [means, variances, *others]
+        return buffers
 
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalize by running statistics, those of split 0 unless assigned otherwise."""
