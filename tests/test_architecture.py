@@ -49,7 +49,6 @@ LAUNCH_FLOORS = [
     {
         "recipe.checkpoints",
         "recipe.interruption",
-        "recipe.failure",
         "recipe.models",
         "recipe.optimization",
     },
@@ -57,7 +56,7 @@ LAUNCH_FLOORS = [
     {"recipe.options", "images.sets"},
     {"images.digits", "images.folders", "images.views", "images.shift"},
     {"images.augment", "recipe.parser"},
-    {"recipe.lock"},
+    {"recipe.lock", "recipe.failure"},
     {"recipe.errors"},
 ]
 FLOOR = {name: depth for depth, names in enumerate(FLOORS) for name in names}

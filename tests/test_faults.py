@@ -147,6 +147,62 @@ def test_error_of_the_user_is_one_line_from_one_rank(tmp_path):
         assert re.findall(r"exitcode +: (\d+)", log.read_text()) in (["2"], ["2", "2"])
 
 
+# Python of a rank of which the first one is slow to say why it ends.
+SLOW_RANK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from launch.recipe import failure
+from launch.recipe.report import Report
+from launch import train
+from launch.recipe.run import leave
+say, write = failure._print, Report.write
+def slow_say(text):
+    time.sleep(3)
+    say(text)
+def slow_write(report, status=None, **entries):
+    if status == "interrupted":
+        time.sleep(3)
+    write(report, status, **entries)
+if os.environ["RANK"] == "0":
+    failure._print, Report.write = slow_say, slow_write
+leave(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--lr", "-1"], "--lr must be at least 0, "), (["-b", "5000"], "-b must leave ")],
+)
+def test_error_of_the_user_is_said_by_a_slow_first_rank(tmp_path, arguments, message):
+    """Of the other one's end the launcher would make the end of the first one."""
+    script = tmp_path / "rank.py"
+    script.write_text(SLOW_RANK.format(root=str(ROOT)))
+    command = [str(script), *arguments, "--output", str(tmp_path / "run")]
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
+        assert process.wait(50) != 0
+    (line,) = own_lines(log.read_text())
+    assert line.startswith(f"error: {message}")
+
+
+def test_interrupted_rank_leaves_the_first_one_time_to_write_its_results(tmp_path):
+    """The signal comes to one rank alone, not by the launcher, which would wait for all."""
+    script = tmp_path / "rank.py"
+    script.write_text(SLOW_RANK.format(root=str(ROOT)))
+    command = [str(script), *TRAIN, "--output", str(tmp_path / "run")]
+    with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
+        wait_for(lambda: "steps an epoch" in log.read_text())
+        (rank,) = (
+            each
+            for each in ranks_of(tmp_path / "run")
+            if b"\0RANK=1\0" in Path(f"/proc/{each}/environ").read_bytes()
+        )
+        os.kill(rank, signal.SIGTERM)
+        assert process.wait(40) != 0
+    assert "interrupted after step" in log.read_text()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "interrupted"
+
+
 def test_run_that_diverges_says_so_in_its_results(tmp_path):
     command = ["-m", "launch.train", *TRAIN, "--output", str(tmp_path / "run")]
     command += ["--lr", "1e30", "--momentum", "0"]

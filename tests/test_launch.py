@@ -560,6 +560,22 @@ def test_mistyped_argument_is_refused_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_error_of_the_user_is_said_by_another_rank_if_the_first_is_silent(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    # Without a launcher, nothing ends the first rank before it has spoken.
+    for launcher in (False, True):
+        if launcher:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with pytest.raises(SystemExit, match=str(EXIT_ERROR)):
+            parse_arguments(["--lr", "-1"])
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(waited) == launcher
+        assert all(line.startswith("error: --lr must be at least 0, ") for line in lines)
+
+
 def test_fewer_outputs_than_classes_are_refused(tmp_path):
     arguments = ["--num-classes", "5", "--output", str(tmp_path / "run")]
     with pytest.raises(RankError, match="--num-classes must be at least the 10 classes of the im"):

@@ -18,6 +18,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _WAIT = 5.0
+_WAIT_FOR_FIRST = 10.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -40,11 +41,12 @@ def report_failure(error: Exception, folder: Path | None) -> int:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         error = RunError(f"{folder} must have room, got {error}", is_of_one_rank=True)
     if isinstance(error, RunError):
-        message, is_of_one_rank = reason(error), error.is_of_one_rank or _is_from_worker(error)
-        if is_of_one_rank:
+        message = reason(error)
+        if error.is_of_one_rank or _is_from_worker(error):
             _tell(folder, rank, message)
-        if rank == 0 or is_of_one_rank:
             _print(f"error: {message}")
+        else:
+            say_once(message)
         return EXIT_ERROR
     if _is_lost_connection(error):
         _print(f"error: rank {rank} ended, because {_cause(folder, rank, error)}")
@@ -52,6 +54,20 @@ def report_failure(error: Exception, folder: Path | None) -> int:
     _tell(folder, rank, reason(error))
     _print("".join(traceback.format_exception(error)).rstrip())
     return 1
+
+
+def say_once(message: str) -> None:
+    """Print an error that all ranks meet, on the first one.
+
+    The launcher kills all ranks as soon as one has ended. So the others wait before they end, and
+    say it themselves if they still live: the first rank may be stuck, or on another node.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return
+        # One after the other, so that one of them has ended before the next one speaks.
+        time.sleep(_WAIT_FOR_FIRST + int(os.environ["LOCAL_RANK"]))
+    _print(f"error: {message}")
 
 
 def reason(error: BaseException) -> str:

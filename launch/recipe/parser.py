@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .failure import EXIT_ERROR, say_once
 from .lock import launcher_of
 
 # A run goes on or is repeated with other values of these; all others decide its numbers.
@@ -92,10 +93,9 @@ class Parser(argparse.ArgumentParser):
         self.name = recipe.rpartition(".")[2]
 
     def error(self, message: str) -> NoReturn:
-        """Print one line, on the first rank alone, and exit."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}; see {self.prog} --help", file=sys.stderr, flush=True)
-        sys.exit(2)
+        """Print one line, on one rank, and exit."""
+        say_once(f"{message}; see {self.prog} --help")
+        sys.exit(EXIT_ERROR)
 
     def two_defaults(self, name: str, text: str) -> str:
         """Return a help text with the default of an option, for digits and for DATA."""

@@ -156,16 +156,18 @@ def _train(
             f"{task.loader.total_batch_size * task.images_per_item} images, "
             f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
-        is_finished = trainer.run(interruption)
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    if not is_finished:
-        report.write("interrupted")
-        report.print(
-            f"interrupted after step {len(trainer.progress.losses)}, saved as {checkpoints.last}; "
-            "repeat the command with --resume auto to go on"
-        )
-        return EXIT_INTERRUPTED
+        is_finished, steps = trainer.run(interruption), len(trainer.progress.losses)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if not is_finished:
+            report.write("interrupted")
+            report.print(
+                f"interrupted after step {steps}, saved as {checkpoints.last}; "
+                "repeat the command with --resume auto to go on"
+            )
+            # The launcher kills all ranks as soon as one has ended.
+            accelerator.wait_for_everyone()
+            return EXIT_INTERRUPTED
     if accelerator.is_main_process:
         model = task.ema.module if task.ema else accelerator.unwrap_model(task.model)
         _complete(recipe, options, task, model, report)
