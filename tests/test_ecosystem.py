@@ -17,11 +17,8 @@ from sync_splitbn import (
     revert_sync_split_batchnorm,
 )
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    # torch.func and the exporters use what torch deprecates.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+# torch.func and the exporters use what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def trained_model(num_splits=3):

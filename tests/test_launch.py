@@ -452,7 +452,7 @@ def test_gradient_accumulation_is_refused(tmp_path):
 def launch(tmp_path, *arguments):
     """The exit code and the output of `accelerate launch`."""
     with launched(tmp_path, *arguments) as (process, log):
-        return process.wait(50), log.read_text()
+        return process.wait(90), log.read_text()
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_same_command_resumes(tmp_path):

@@ -34,7 +34,7 @@ from sync_splitbn import (
 STATE = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 REFUSED = (RuntimeError, TypeError, ValueError, NotImplementedError)
 ELSEWHERE = r"device|meta"
-SECONDS = 60
+SECONDS = 100
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -843,7 +843,6 @@ def arguments_of_operators():
 
 
 @COMPILED
-@pytest.mark.timeout(120)
 def test_operators_pass_the_checks_of_torch_library():
     """Schema, fake tensors, autograd registration, and tracing ahead of time."""
     seen = set()

@@ -29,8 +29,8 @@ def complaint(model, process_group=None):
     try:
         check_replicas(model, process_group)
     except ValueError as error:
-        # Far below the time-out of the process group, 20 s: nobody was left waiting.
-        assert time.monotonic() - start < 10
+        # Far below the time-out of the process group, 50 s: nobody was left waiting.
+        assert time.monotonic() - start < 25
         return str(error)
     return None
 

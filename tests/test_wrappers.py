@@ -23,7 +23,6 @@ from sync_splitbn import (
     sync_group,
 )
 
-pytestmark = pytest.mark.timeout(120)
 SPLITS, STEPS = 4, 4
 
 

@@ -380,7 +380,7 @@ def test_damaged_image_in_a_worker_is_one_line(folder, tmp_path):
     data = damaged(folder, tmp_path, "no-image")
     command = [sys.executable, "tests/run_with_timm.py", "launch.train", str(data), *SMALL]
     command += [*RECIPE, "--workers", "1", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(
         r"error: .*train/7/.*png must be an image, got .*; remove or replace the file\n",
