@@ -19,28 +19,49 @@ for package in ("matplotlib", "mlxtend", "PIL", "tensorboard", "tqdm"):
     pytest.importorskip(package, reason=f"the launch extra is not installed: no {package}")
 
 TRAIN = ["-b", "16", "--aug-splits", "2", "--split-bn", "--log-interval", "1"]
-# Python of a rank that runs the recipe after some lines of its own.
+# Python of a rank that runs the recipe, after some lines of its own.
 RANK = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from launch.recipe.trainer import Trainer
 from launch import train
+from launch.recipe import failure
+from launch.recipe.report import Report
 from launch.recipe.run import leave
-step, rank = Trainer._step, int(os.environ["RANK"])
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+from launch.recipe.trainer import Trainer
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+{lines}
+leave(train.main())
+"""
+BEFORE_STEP = """
+step = Trainer._step
 def hurt(trainer, batch):
     {body}
     return step(trainer, batch)
 Trainer._step = hurt
-leave(train.main())
 """
+SLOW_TO_SAY_WHY_IT_ENDS = """
+say, write = failure._print, Report.write
+def slow_say(text):
+    time.sleep(3)
+    say(text)
+def slow_write(report, status=None, **entries):
+    if status == "interrupted":
+        time.sleep(3)
+    write(report, status, **entries)
+if rank == 0:
+    failure._print, Report.write = slow_say, slow_write
+"""
+
+
+def script_of_rank(tmp_path, lines):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(root=str(ROOT), lines=lines))
+    return str(script)
 
 
 def hurt(tmp_path, body):
     """The script of a rank to which `body` happens before a step."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK.format(root=str(ROOT), body=body))
-    return str(script)
+    return script_of_rank(tmp_path, BEFORE_STEP.format(body=body))
 
 
 def wait_for(condition, seconds=60):
@@ -147,37 +168,18 @@ def test_error_of_the_user_is_one_line_from_one_rank(tmp_path):
         assert re.findall(r"exitcode +: (\d+)", log.read_text()) in (["2"], ["2", "2"])
 
 
-# Python of a rank of which the first one is slow to say why it ends.
-SLOW_RANK = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-from launch.recipe import failure
-from launch.recipe.report import Report
-from launch import train
-from launch.recipe.run import leave
-say, write = failure._print, Report.write
-def slow_say(text):
-    time.sleep(3)
-    say(text)
-def slow_write(report, status=None, **entries):
-    if status == "interrupted":
-        time.sleep(3)
-    write(report, status, **entries)
-if os.environ["RANK"] == "0":
-    failure._print, Report.write = slow_say, slow_write
-leave(train.main())
-"""
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--lr", "-1"], "--lr must be at least 0, "), (["-b", "5000"], "-b must leave ")],
 )
 def test_error_of_the_user_is_said_by_a_slow_first_rank(tmp_path, arguments, message):
-    """Of the other one's end the launcher would make the end of the first one."""
-    script = tmp_path / "rank.py"
-    script.write_text(SLOW_RANK.format(root=str(ROOT)))
-    command = [str(script), *arguments, "--output", str(tmp_path / "run")]
+    """The launcher kills it as soon as the other one has ended."""
+    command = [
+        script_of_rank(tmp_path, SLOW_TO_SAY_WHY_IT_ENDS),
+        *arguments,
+        "--output",
+        str(tmp_path / "run"),
+    ]
     with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         assert process.wait(90) != 0
     (line,) = own_lines(log.read_text())
@@ -186,9 +188,12 @@ def test_error_of_the_user_is_said_by_a_slow_first_rank(tmp_path, arguments, mes
 
 def test_interrupted_rank_leaves_the_first_one_time_to_write_its_results(tmp_path):
     """The signal comes to one rank alone, not by the launcher, which would wait for all."""
-    script = tmp_path / "rank.py"
-    script.write_text(SLOW_RANK.format(root=str(ROOT)))
-    command = [str(script), *TRAIN, "--output", str(tmp_path / "run")]
+    command = [
+        script_of_rank(tmp_path, SLOW_TO_SAY_WHY_IT_ENDS),
+        *TRAIN,
+        "--output",
+        str(tmp_path / "run"),
+    ]
     with launched(tmp_path, "--config_file", CONFIG, *command) as (process, log):
         wait_for(lambda: "steps an epoch" in log.read_text())
         (rank,) = (

@@ -156,10 +156,11 @@ def _train(
             f"{task.loader.total_batch_size * task.images_per_item} images, "
             f"on {accelerator.num_processes} x {accelerator.device.type}{origin}"
         )
-        is_finished, steps = trainer.run(interruption), len(trainer.progress.losses)
+        is_finished = trainer.run(interruption)
         for tracker in accelerator.trackers:
             tracker.finish()
         if not is_finished:
+            steps = len(trainer.progress.losses)
             report.write("interrupted")
             report.print(
                 f"interrupted after step {steps}, saved as {checkpoints.last}; "
